@@ -1,0 +1,125 @@
+"""The state machine of a job, as one literal table.
+
+States and their meaning are PanDA's (terminology of panda-docs; the server of January 2009 and of 2026). Every
+transition writes one `job_event` row in the transaction that makes it; the SQL guards and `docs/states.md` come from
+this table. Final states absorb: no event leaves them (invariant I7).
+"""
+
+from enum import StrEnum
+from typing import Final
+
+from culm.errors import Conflict
+
+
+class State(StrEnum):
+    """Where a job stands. The values are stored and sent as they are."""
+
+    DEFINED = "defined"
+    WAITING = "waiting"
+    ASSIGNED = "assigned"
+    ACTIVATED = "activated"
+    SENT = "sent"
+    STARTING = "starting"
+    RUNNING = "running"
+    HOLDING = "holding"
+    TRANSFERRING = "transferring"
+    MERGING = "merging"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    CLOSED = "closed"
+
+
+class Event(StrEnum):
+    """What moves a job. `submit` and `submit_ready` are the only two that make one."""
+
+    SUBMIT = "submit"
+    SUBMIT_READY = "submit_ready"
+    INPUTS_MISSING = "inputs_missing"
+    ASSIGN = "assign"
+    INPUTS_READY = "inputs_ready"
+    CLAIM = "claim"
+    RELEASE = "release"
+    EXPIRE = "expire"
+    LOSE = "lose"
+    START = "start"
+    RUN = "run"
+    HOLD = "hold"
+    TRANSFER = "transfer"
+    MOVE_OUTPUTS = "move_outputs"
+    MERGE = "merge"
+    FINISH = "finish"
+    FAIL = "fail"
+    CANCEL = "cancel"
+    CLOSE = "close"
+
+
+UNREADY: Final = frozenset({State.DEFINED, State.WAITING, State.ASSIGNED})
+"""Accepted, but not to be dispatched yet: no `ready` row and no lease."""
+LEASED: Final = frozenset(
+    {State.SENT, State.STARTING, State.RUNNING, State.HOLDING, State.TRANSFERRING, State.MERGING}
+)
+"""Exactly these have a `lease` row; exactly `activated` has a `ready` row."""
+FINAL: Final = frozenset({State.FINISHED, State.FAILED, State.CANCELLED, State.CLOSED})
+_ON_WORKER: Final = frozenset({State.SENT, State.STARTING, State.RUNNING})
+
+
+def _rows(sources: frozenset[State] | set[State], event: Event, target: State) -> dict[tuple[State | None, Event], State]:
+    return {(source, event): target for source in sources}
+
+
+TRANSITIONS: Final[dict[tuple[State | None, Event], State]] = {
+    (None, Event.SUBMIT): State.DEFINED,
+    (None, Event.SUBMIT_READY): State.ACTIVATED,
+    (State.DEFINED, Event.INPUTS_MISSING): State.WAITING,
+    **_rows({State.DEFINED, State.WAITING}, Event.ASSIGN, State.ASSIGNED),
+    **_rows(UNREADY, Event.INPUTS_READY, State.ACTIVATED),
+    (State.ACTIVATED, Event.CLAIM): State.SENT,
+    # The pilot was told to go, or its client was gone before the answer: no attempt is used up.
+    **_rows(_ON_WORKER, Event.RELEASE, State.ACTIVATED),
+    # The lease ended by the database's clock and attempts remain.
+    **_rows(_ON_WORKER, Event.EXPIRE, State.ACTIVATED),
+    # The lease ended by the database's clock and no attempt remains, or the outputs never came.
+    **_rows(LEASED, Event.LOSE, State.FAILED),
+    (State.SENT, Event.START): State.STARTING,
+    # Skips are real: a worker whose first sign of life is "running" (seen with Harvester).
+    **_rows({State.SENT, State.STARTING}, Event.RUN, State.RUNNING),
+    **_rows(_ON_WORKER, Event.HOLD, State.HOLDING),
+    # A pilot's `transfer` never overwrites holding; the data side moves on with `move_outputs`.
+    **_rows(_ON_WORKER, Event.TRANSFER, State.TRANSFERRING),
+    (State.HOLDING, Event.MOVE_OUTPUTS): State.TRANSFERRING,
+    **_rows({State.HOLDING, State.TRANSFERRING}, Event.MERGE, State.MERGING),
+    **_rows(LEASED, Event.FINISH, State.FINISHED),
+    **_rows(LEASED, Event.FAIL, State.FAILED),
+    # An upstream failure ends a job that waits for its inputs.
+    **_rows(UNREADY, Event.FAIL, State.FAILED),
+    **_rows(UNREADY | {State.ACTIVATED} | LEASED, Event.CANCEL, State.CANCELLED),
+    **_rows(UNREADY | {State.ACTIVATED} | LEASED, Event.CLOSE, State.CLOSED),
+}
+
+PILOT_EVENTS: Final[dict[State, Event]] = {
+    State.STARTING: Event.START,
+    State.RUNNING: Event.RUN,
+    State.HOLDING: Event.HOLD,
+    State.TRANSFERRING: Event.TRANSFER,
+    State.MERGING: Event.MERGE,
+    State.FINISHED: Event.FINISH,
+    State.FAILED: Event.FAIL,
+    State.CANCELLED: Event.CANCEL,
+    State.ACTIVATED: Event.RELEASE,
+}
+"""What a pilot means by the state that it reports; `activated` gives the job back."""
+
+
+def next_state(state: State | None, event: Event) -> State:
+    """The state after `event`. Raises Conflict(bad_transition) where the table has no such row."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        where = "a new job" if state is None else f"a job that is {state}"
+        raise Conflict("bad_transition", f"{event} is not possible for {where}") from None
+
+
+def sources(event: Event) -> tuple[State, ...]:
+    """The states that `event` may leave, in the order of State: the guard of its SQL."""
+    return tuple(state for state in State if (state, event) in TRANSITIONS)

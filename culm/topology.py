@@ -1,0 +1,331 @@
+"""Placement: the versioned document that says which slot lives on which shard, and what each site offers.
+
+The topology has one section per authority (the centre, CERN), each with its own epoch and its own block of slot
+numbers, changed only by its owner. A process holds every section it can reach. This module is pure: the document,
+its one validator, and the changes; `culm.topology_store` reads and writes it.
+
+Nothing moves by itself: the default placement (weighted consistent hashing) is applied once, when a site is
+registered, and stored.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+from uhashring import HashRing
+
+from culm.errors import ClientFault, Conflict
+from culm.ids import MAX_SLOT
+from culm.wire import Name, OptionalName, SlotRef
+
+CENTRAL: Final = "central"
+SLOT_BLOCKS: Final = {CENTRAL: (0, 12287), "CERN": (12288, 16383)}
+"""The slot numbers of each authority, inclusive; one block never reaches into another."""
+
+QueueStatus = Literal["online", "offline", "test", "brokeroff"]
+Amount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """A computing queue: a site's resource description that pilots ask for. 0 means no limit, empty means unknown."""
+
+    status: QueueStatus = "online"
+    type: Literal["analysis", "production", "unified"] = "unified"
+    cores: Annotated[int, Meta(ge=1, le=4096)] = 1
+    memory_mb: Amount = 0
+    disk_mb: Amount = 0
+    walltime_s: Amount = 0
+    releases: list[str] = []
+    platforms: list[str] = []
+    priority_offsets: dict[str, int] = {}
+    """By working group; "" is for jobs without one. The largest that applies wins."""
+    first_lease_s: Annotated[float, Meta(ge=0)] = 0.0
+    heartbeat_s: Annotated[float, Meta(ge=0)] = 0.0
+    reason: str = ""
+    """Why the status is what it is, in the words of whoever set it."""
+
+
+class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """A computing centre: its region, its slots (a hot site has several), its computing queues by name."""
+
+    region: Name
+    slots: list[int]
+    queues: dict[Name, Queue] = {}
+
+
+class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """A group of sites placed together. `slot` holds the jobs that any of its sites may take."""
+
+    slot: int
+    shards: Annotated[list[Name], Meta(min_length=1)]
+    """Where its sites are placed when they are registered."""
+    strict: bool = False
+    """Its slots may live on these shards only (invariant I10)."""
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Where a shard is reached, and its weight in the default placement."""
+
+    link: str
+    """`unix:/path`, `tls:host:port`, or on loopback only `tcp:host:port`."""
+    weight: Annotated[int, Meta(ge=0, le=100)] = 1
+
+
+class Placement(msgspec.Struct, frozen=True, array_like=True):
+    """The shard that serves a slot, since the epoch at which it was opened there."""
+
+    shard: str
+    epoch: int
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one authority decides. `epoch` grows by one with every change."""
+
+    authority: Name
+    epoch: Annotated[int, Meta(ge=1)]
+    shards: dict[Name, Shard] = {}
+    regions: dict[Name, Region] = {}
+    sites: dict[Name, Site] = {}
+    placement: dict[int, Placement] = {}
+    default_region: OptionalName = ""
+
+
+class SiteRegistration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """A request to register a site, or to bring its computing queues up to date."""
+
+    name: Name
+    region: Name
+    queues: dict[Name, Queue]
+
+
+class Topology:
+    """Every known section, with the indexes that resolve a request. Immutable; raises as `validate` does."""
+
+    def __init__(self, sections: Iterable[Section]) -> None:
+        self.sections: dict[str, Section] = {}
+        self.placement: dict[int, Placement] = {}
+        self.shards: dict[str, Shard] = {}
+        self.regions: dict[str, Region] = {}
+        self.sites: dict[str, Site] = {}
+        self.site_of_queue: dict[str, str] = {}
+        self.site_of_slot: dict[int, str] = {}
+        self.region_of_slot: dict[int, str] = {}
+        for section in sections:
+            self._add(section)
+
+    def _add(self, section: Section) -> None:
+        validate(section)
+        self.sections[section.authority] = section
+        for mine, theirs, what in (
+            (self.shards, section.shards, "shard"),
+            (self.regions, section.regions, "region"),
+            (self.sites, section.sites, "site"),
+        ):
+            for twice in mine.keys() & theirs.keys():
+                raise ClientFault("bad_topology", f"{what} {twice} is named by two authorities")
+        self.shards.update(section.shards)
+        self.regions.update(section.regions)
+        self.sites.update(section.sites)
+        self.placement.update(section.placement)
+        for name, region in section.regions.items():
+            self.region_of_slot[region.slot] = name
+        for name, site in section.sites.items():
+            for queue in site.queues:
+                if queue in self.site_of_queue:
+                    raise ClientFault("bad_topology", f"computing queue {queue} is named by two sites")
+                self.site_of_queue[queue] = name
+            for slot in site.slots:
+                self.site_of_slot[slot] = name
+                self.region_of_slot[slot] = site.region
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """The epoch of each section."""
+        return {name: section.epoch for name, section in self.sections.items()}
+
+    @property
+    def default_region(self) -> str:
+        """The region of a job that names no place, or ""."""
+        return next((s.default_region for s in self.sections.values() if s.default_region), "")
+
+    def queue(self, name: str) -> tuple[str, Site, Queue]:
+        """The site's name, the site and the description of a computing queue. Raises ClientFault(unknown_queue)."""
+        site_name = self.site_of_queue.get(name)
+        if site_name is None:
+            raise ClientFault("unknown_queue", f"no computing queue {name!r} is registered", http_status=404)
+        site = self.sites[site_name]
+        return site_name, site, site.queues[name]
+
+    def site(self, name: str) -> Site:
+        """The site of that name. Raises ClientFault(unknown_site)."""
+        site = self.sites.get(name)
+        if site is None:
+            raise ClientFault("unknown_site", f"no site {name!r} is registered", http_status=404)
+        return site
+
+    def region(self, name: str) -> Region:
+        """The region of that name. Raises ClientFault(unknown_region)."""
+        region = self.regions.get(name)
+        if region is None:
+            raise ClientFault("unknown_region", f"no region {name!r} is registered", http_status=404)
+        return region
+
+    def slot(self, number: int) -> SlotRef:
+        """The slot with its epoch. Raises ClientFault(unknown_slot) where no section places it."""
+        return SlotRef(number, self.place(number).epoch)
+
+    def place(self, number: int) -> Placement:
+        """Where a slot lives. Raises ClientFault(unknown_slot)."""
+        placement = self.placement.get(number)
+        if placement is None:
+            raise ClientFault("unknown_slot", f"no job of slot {number} was ever accepted here", http_status=404)
+        return placement
+
+    def slots_on(self, shard: str) -> Iterator[SlotRef]:
+        """The slots that live on a shard."""
+        return (SlotRef(slot, place.epoch) for slot, place in self.placement.items() if place.shard == shard)
+
+    def authority_of_region(self, name: str) -> str:
+        """Who decides about a region. Raises ClientFault(unknown_region)."""
+        for authority, section in self.sections.items():
+            if name in section.regions:
+                return authority
+        raise ClientFault("unknown_region", f"no region {name!r} is registered", http_status=404)
+
+
+def validate(section: Section) -> None:
+    """The one validator: router, shard, ops and CI use it. Raises ClientFault(bad_topology) with what is wrong."""
+    first, last = slot_block(section.authority)
+    users: dict[int, str] = {}
+    for name, region in section.regions.items():
+        _own_slots(users, [region.slot], f"region {name}")
+        for shard in region.shards:
+            _require(shard in section.shards, f"region {name} names the unknown shard {shard}")
+    for name, site in section.sites.items():
+        _require(site.region in section.regions, f"site {name} names the unknown region {site.region}")
+        _require(bool(site.slots), f"site {name} has no slot")
+        _own_slots(users, site.slots, f"site {name}")
+    for slot, place in section.placement.items():
+        _require(first <= slot <= last, f"slot {slot} is outside the block {first}..{last} of {section.authority}")
+        _require(place.shard in section.shards, f"slot {slot} is placed on the unknown shard {place.shard}")
+        _require(1 <= place.epoch <= section.epoch, f"slot {slot} has epoch {place.epoch}, past the section's")
+    for slot, user in users.items():
+        _require(slot in section.placement, f"slot {slot} of {user} is placed nowhere")
+    for name, site in section.sites.items():
+        region = section.regions[site.region]
+        for slot in [*site.slots, region.slot] if region.strict else []:
+            shard = section.placement[slot].shard
+            _require(shard in region.shards, f"slot {slot} of {name} is on {shard}, but region {site.region} is strict")
+    _require(
+        not section.default_region or section.default_region in section.regions,
+        f"the default region {section.default_region} is unknown",
+    )
+
+
+def slot_block(authority: str) -> tuple[int, int]:
+    """The first and last slot number of an authority. Raises ClientFault(unknown_authority)."""
+    try:
+        return SLOT_BLOCKS[authority]
+    except KeyError:
+        raise ClientFault("unknown_authority", f"{authority!r} has no block of slot numbers") from None
+
+
+def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Section:
+    """The section with these sites added or brought up to date, one epoch later; the same section if nothing changes.
+
+    A known site keeps its slots and region. A computing queue that the registration does not name stays. A status
+    that an operator set stays too, unless the registration says otherwise (`Queue.reason` marks it). Pure.
+
+    Raises:
+        Conflict: site_in_other_region, queue_of_other_site, or out_of_slots.
+        ClientFault: bad_topology, unknown_region.
+    """
+    epoch = section.epoch + 1
+    sites, placement, regions = dict(section.sites), dict(section.placement), dict(section.regions)
+    owner = {queue: name for name, site in sites.items() for queue in site.queues}
+    free = _free_slots(section)
+    for registration in wanted:
+        for queue in registration.queues:
+            if owner.setdefault(queue, registration.name) != registration.name:
+                raise Conflict("queue_of_other_site", f"computing queue {queue} belongs to site {owner[queue]}")
+        known = sites.get(registration.name)
+        if known is None:
+            region = regions.get(registration.region)
+            if region is None:
+                region = regions[registration.region] = _new_region(section, registration.region, next(free))
+                placement[region.slot] = Placement(region.shards[0], epoch)
+            slot = next(free)
+            placement[slot] = Placement(_default_shard(section, region, registration.name), epoch)
+            sites[registration.name] = Site(region=registration.region, slots=[slot], queues=registration.queues)
+        elif known.region != registration.region:
+            raise Conflict("site_in_other_region", f"site {registration.name} belongs to region {known.region}")
+        else:
+            sites[registration.name] = msgspec.structs.replace(
+                known, queues=known.queues | _keep_operator_status(known.queues, registration.queues)
+            )
+    if sites == section.sites and regions == section.regions:
+        return section
+    changed = msgspec.structs.replace(section, epoch=epoch, sites=sites, regions=regions, placement=placement)
+    validate(changed)
+    return changed
+
+
+def set_queue(section: Section, queue: str, **changes: object) -> Section:
+    """The section with fields of one computing queue changed, one epoch later. Raises ClientFault(unknown_queue)."""
+    for name, site in section.sites.items():
+        if queue in site.queues:
+            described = msgspec.structs.replace(site.queues[queue], **changes)
+            described = msgspec.convert(msgspec.to_builtins(described), Queue)
+            moved = msgspec.structs.replace(site, queues=site.queues | {queue: described})
+            changed = msgspec.structs.replace(section, epoch=section.epoch + 1, sites=section.sites | {name: moved})
+            validate(changed)
+            return changed
+    raise ClientFault("unknown_queue", f"no computing queue {queue!r} is registered", http_status=404)
+
+
+def _keep_operator_status(known: dict[str, Queue], wanted: dict[str, Queue]) -> dict[str, Queue]:
+    """A push of the catalogue never overwrites what an operator set by hand and gave a reason for."""
+    return {
+        name: msgspec.structs.replace(queue, status=known[name].status, reason=known[name].reason)
+        if name in known and known[name].reason and not queue.reason
+        else queue
+        for name, queue in wanted.items()
+    }
+
+
+def _new_region(section: Section, name: str, slot: int) -> Region:
+    shards = sorted(section.shards.keys() - {s for r in section.regions.values() if r.strict for s in r.shards})
+    if not shards:
+        raise Conflict("no_shard", f"authority {section.authority} has no shard for the new region {name}")
+    return Region(slot=slot, shards=[_ring(section, shards).get_node(name)])
+
+
+def _default_shard(section: Section, region: Region, site: str) -> str:
+    return str(_ring(section, region.shards).get_node(site))
+
+
+def _ring(section: Section, shards: Iterable[str]) -> HashRing:
+    weights = {name: {"weight": section.shards[name].weight} for name in shards if section.shards[name].weight > 0}
+    if not weights:
+        raise Conflict("no_shard", "every shard of that region has weight 0")
+    return HashRing(nodes=weights)
+
+
+def _free_slots(section: Section) -> Iterator[int]:
+    first, last = slot_block(section.authority)
+    start = max(section.placement, default=first - 1) + 1
+    yield from range(start, last + 1)
+    raise Conflict("out_of_slots", f"authority {section.authority} has used up its block of slot numbers")
+
+
+def _own_slots(users: dict[int, str], slots: Iterable[int], user: str) -> None:
+    for slot in slots:
+        _require(0 <= slot <= MAX_SLOT, f"slot {slot} of {user} is outside 0..{MAX_SLOT}")
+        _require(slot not in users, f"slot {slot} belongs to {users.get(slot)} and to {user}")
+        users[slot] = user
+
+
+def _require(holds: bool, message: str) -> None:  # noqa: FBT001
+    if not holds:
+        raise ClientFault("bad_topology", message)

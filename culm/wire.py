@@ -1,0 +1,498 @@
+"""The messages: what clients and pilots send over HTTP, and what a router sends to a shard over the link.
+
+The normative page is `docs/protocol.md`; the bytes are pinned in `tests/golden/`. To change a message: only add
+fields, with a default, at the end; old and new processes must understand each other for one release; then mint new
+golden bytes beside the old ones. Requests refuse unknown fields, so that a typing error is not silently ignored;
+answers do not, so that an older client can read a newer server.
+
+Units: `_s` seconds, `_mb` MiB, `_at` seconds since the epoch (UTC). 0 or "" in a requirement means "does not matter".
+"""
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from culm.ids import MAX_JOB_ID
+from culm.matching import Offer
+from culm.priorities import MAX_PRIORITY
+from culm.states import Event, State
+
+MAX_JOBS_PER_SUBMIT: Final = 2000
+MAX_IDS_PER_CALL: Final = 1000
+MAX_JOBS_PER_GET: Final = 100
+MAX_WAIT_S: Final = 60.0
+MAX_BODY_BYTES: Final = 2 << 20
+MAX_FRAME_BYTES: Final = 8 << 20
+MAX_TAIL_CHARS: Final = 8192
+MAX_PARENT_DEPTH: Final = 5
+
+JobId = Annotated[int, Meta(ge=1, le=MAX_JOB_ID)]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+OptionalName = Annotated[str, Meta(max_length=128)]
+Key = Annotated[str, Meta(min_length=1, max_length=128)]
+Amount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Word = Annotated[str, Meta(max_length=65536)]
+Tail = Annotated[str, Meta(max_length=MAX_TAIL_CHARS)]
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Base of what a client sends."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of what it gets back."""
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+class InputFile(Request):
+    """A file that must be there before the job may start; `ready` says that it is."""
+
+    name: Name
+    ready: bool = True
+
+
+class JobSpec(Request):
+    """One job as its submitter describes it. Immutable once stored.
+
+    Target: a computing `queue`, or a `site`, or a `region`; none of them is the default region. Payload: exactly one
+    of `argv` (run as it is) and `shell` (given to `/bin/sh -c`).
+    """
+
+    region: OptionalName = ""
+    site: OptionalName = ""
+    queue: OptionalName = ""
+    name: Annotated[str, Meta(max_length=256)] = ""
+    argv: Annotated[list[Word], Meta(max_length=1024)] = []
+    shell: Word = ""
+    environment: Annotated[dict[Name, Word], Meta(max_length=256)] = {}
+    label: Name = "user"
+    working_group: OptionalName = ""
+    cores: Annotated[int, Meta(ge=1, le=4096)] = 1
+    memory_mb: Amount = 0
+    disk_mb: Amount = 0
+    walltime_s: Amount = 0
+    release: OptionalName = ""
+    platform: OptionalName = ""
+    pilot_type: OptionalName = ""
+    priority: Annotated[int, Meta(ge=0, le=MAX_PRIORITY)] | None = None
+    max_attempts: Annotated[int, Meta(ge=1, le=50)] = 3
+    inputs: Annotated[list[InputFile], Meta(max_length=1000)] = []
+    outputs: Annotated[list[Name], Meta(max_length=1000)] = []
+    parent_id: JobId | None = None
+
+
+class JobError(Request):
+    """Why a job failed: PanDA's plane (pilot, exe, sup, ddm, brokerage, jobDispatcher, taskBuffer, trans), code, text."""
+
+    plane: Name
+    code: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    text: Annotated[str, Meta(max_length=1000)] = ""
+
+
+class Usage(Request):
+    """What the payload has used so far."""
+
+    wall_s: Annotated[float, Meta(ge=0)] = 0.0
+    cpu_s: Annotated[float, Meta(ge=0)] = 0.0
+    rss_mb: Amount = 0
+    disk_mb: Amount = 0
+
+
+# --- the five verbs --------------------------------------------------------------------------------------------------
+
+
+class SubmitRequest(Request):
+    """Up to 2,000 jobs. The same key with the same jobs gives the same ids, however often it is sent."""
+
+    idempotency_key: Key
+    jobs: Annotated[list[JobSpec], Meta(min_length=1, max_length=MAX_JOBS_PER_SUBMIT)]
+    jobset: JobId | None = None
+    """Join an existing jobset; None makes one, the same for every repeat of this key."""
+
+
+class ErrorBody(Answer):
+    """Every error, in every dialect of /v1: {"error": {..}}."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after_s: float | None = None
+    details: dict[str, Any] = {}
+
+
+class ShardOutcome(Answer):
+    """What one shard did with its part of a call."""
+
+    ok: bool
+    n_jobs: int
+    error: ErrorBody | None = None
+
+
+class SubmitAnswer(Answer):
+    """`ids` in the order of the request; None where that job's shard gave no answer: repeat the call."""
+
+    jobset: int
+    ids: list[int | None]
+    shards: dict[str, ShardOutcome]
+
+
+class PilotInfo(Request):
+    """Who asks."""
+
+    id: Name
+    host: OptionalName = ""
+    type: OptionalName = ""
+    version: OptionalName = ""
+
+
+class GetJobRequest(Request):
+    """A pilot asks for work. The same request id gets the same jobs while their leases live. 0 = what the queue offers."""
+
+    request_id: Annotated[str, Meta(min_length=8, max_length=64)]
+    queue: Name
+    pilot: PilotInfo
+    label: OptionalName = "unified"
+    cores: Annotated[int, Meta(ge=0, le=4096)] = 0
+    memory_mb: Amount = 0
+    disk_mb: Amount = 0
+    walltime_s: Amount = 0
+    n_jobs: Annotated[int, Meta(ge=1, le=MAX_JOBS_PER_GET)] = 1
+    wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0.0
+
+
+class Grant(Answer):
+    """One job for the pilot: it is his until the lease ends."""
+
+    id: int
+    attempt: int
+    lease_token: str
+    lease_s: float
+    """Send a first sign of life before this."""
+    heartbeat_s: float
+    """Then one at least this often."""
+    jobset: int
+    owner: str
+    vo: str
+    priority: int
+    spec: msgspec.Raw
+    """The JobSpec as stored."""
+
+
+class GetJobAnswer(Answer):
+    """No job is an answer, not an error: `jobs` is empty then, and `reason` may say why (e.g. queue_offline)."""
+
+    jobs: list[Grant] = []
+    reason: str = ""
+
+
+class HeartbeatRequest(Request):
+    """A sign of life of a leased job; its state may move on (starting, running)."""
+
+    id: JobId
+    attempt: Annotated[int, Meta(ge=1)]
+    lease_token: Key
+    state: State
+    usage: Usage | None = None
+
+
+class HeartbeatAnswer(Answer):
+    """`command` is "cancel" when the payload must be ended and reported, else None."""
+
+    state: State
+    lease_s: float
+    heartbeat_s: float
+    command: str | None = None
+
+
+class ReportRequest(Request):
+    """What became of a job.
+
+    A pilot sends `state` with `attempt` and `lease_token` (state `activated` gives the job back). The data side (role
+    production or admin) sends `event` instead: inputs_missing, assign, inputs_ready, move_outputs, merge, finish, fail.
+    """
+
+    id: JobId
+    attempt: Annotated[int, Meta(ge=0)] = 0
+    lease_token: OptionalName = ""
+    state: State | None = None
+    event: Event | None = None
+    exit_code: Annotated[int, Meta(ge=-255, le=255)] | None = None
+    error: JobError | None = None
+    stdout_tail: Tail = ""
+    stderr_tail: Tail = ""
+    usage: Usage | None = None
+
+
+class ReportAnswer(Answer):
+    """The state after the report. A repeated final report is answered as the first was."""
+
+    id: int
+    attempt: int
+    state: State
+
+
+class CancelRequest(Request):
+    """End jobs by id, or a whole jobset. Exactly one of the two."""
+
+    ids: Annotated[list[JobId], Meta(max_length=MAX_IDS_PER_CALL)] = []
+    jobset: JobId | None = None
+
+
+CancelOutcome = Literal["cancelled", "requested", "already_final", "not_found", "forbidden", "unknown"]
+
+
+class CancelledJob(Answer):
+    """`requested`: it runs, its pilot is told at the next heartbeat. `unknown`: the shard gave no answer."""
+
+    id: int
+    outcome: CancelOutcome
+    state: State | None = None
+
+
+class CancelAnswer(Answer):
+    """One entry per job; shards that gave no answer are named."""
+
+    jobs: list[CancelledJob]
+    missing_shards: list[str] = []
+
+
+# --- reads -----------------------------------------------------------------------------------------------------------
+
+
+class JobRow(Answer):
+    """One line of a list of jobs."""
+
+    id: int
+    state: State
+    site: str
+    region: str
+    queue: str
+    name: str
+    owner: str
+    vo: str
+    working_group: str
+    label: str
+    priority: int
+    attempt: int
+    max_attempts: int
+    jobset: int
+    parent_id: int | None
+    created_at: float
+    modified_at: float
+    pilot: str
+    host: str
+    cancel_requested: bool
+    error: JobError | None = None
+
+
+class JobEvent(Answer):
+    """One transition of a job, in the order of `n`."""
+
+    n: int
+    at: float
+    event: Event
+    source: State | None
+    target: State
+    attempt: int
+    actor: str
+    detail: str
+
+
+class AttemptReport(Answer):
+    """The final report of one attempt."""
+
+    attempt: int
+    at: float
+    state: State
+    exit_code: int | None
+    error: JobError | None
+    stdout_tail: str
+    stderr_tail: str
+    usage: Usage | None
+
+
+class JobView(Answer):
+    """All that is known of one job."""
+
+    job: JobRow
+    spec: JobSpec
+    history: list[JobEvent]
+    reports: list[AttemptReport]
+
+
+class JobsQuery(Request):
+    """Filters of a list of jobs; `after` is the last id of the page before, newest ids of a slot last."""
+
+    region: OptionalName = ""
+    site: OptionalName = ""
+    state: State | None = None
+    owner: OptionalName = ""
+    jobset: JobId | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    after: Annotated[int, Meta(ge=0, le=MAX_JOB_ID)] = 0
+
+
+class JobsAnswer(Answer):
+    """A page in the order of the id; `next` is None at the end. Shards that gave no answer are named."""
+
+    jobs: list[JobRow]
+    next: int | None = None
+    missing_shards: list[str] = []
+
+
+# --- router to shard ------------------------------------------------------------------------------------------------
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a verified token speaks for."""
+
+    role: Literal["pilot", "user", "admin"]
+    subject: str
+    authority: str
+    vo: str = ""
+    groups: list[str] = []
+    roles: list[str] = []
+    """`production`, `manager:<group>`."""
+    queues: list[str] = []
+    """Computing queues a pilot may ask for: names, or a prefix ending in `*`."""
+    vos: list[str] | None = None
+    """VOs whose jobs a pilot may take; None is any."""
+
+
+class SlotRef(msgspec.Struct, frozen=True, array_like=True):
+    """A slot and the epoch at which the router believes it open."""
+
+    slot: int
+    epoch: int
+
+
+class SlotJobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The jobs of one call for one slot, in the order of the call."""
+
+    at: SlotRef
+    specs: list[JobSpec]
+    offsets: list[int] = []
+    """Priority offset of each job (computing queue and group); empty means none."""
+
+
+class ShardSubmit(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard's part of a submit."""
+
+    principal: Principal
+    key: str
+    jobset: int
+    parts: list[SlotJobs]
+
+
+class ShardSubmitAnswer(Answer):
+    """The first id per part; a part's ids are contiguous."""
+
+    first_ids: list[int]
+
+
+class LeaseTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Time-outs of a computing queue, seconds; 0 means the shard's default."""
+
+    first_s: float = 0.0
+    heartbeat_s: float = 0.0
+
+
+class ShardGetJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A get_job with everything resolved: the slots in the order of preference and what is offered."""
+
+    slots: list[SlotRef]
+    request_id: str
+    subject: str
+    offer: Offer
+    pilot: PilotInfo
+    lease: LeaseTimes
+    n_jobs: int
+    wait_s: float
+
+
+class ShardHeartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """One heartbeat for one slot."""
+
+    at: SlotRef
+    principal: Principal
+    request: HeartbeatRequest
+
+
+class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One report for one slot."""
+
+    at: SlotRef
+    principal: Principal
+    request: ReportRequest
+
+
+class ShardCancel(msgspec.Struct, frozen=True, kw_only=True):
+    """Jobs to end: ids by slot, or a jobset over the slots named."""
+
+    principal: Principal
+    slots: list[SlotRef]
+    ids: list[int] = []
+    jobset: int | None = None
+
+
+class ShardJob(msgspec.Struct, frozen=True, kw_only=True):
+    """Read one job whole."""
+
+    at: SlotRef
+    principal: Principal
+    id: int
+
+
+class ShardJobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Read a page of jobs; `slots` empty means all of the shard's."""
+
+    principal: Principal
+    query: JobsQuery
+    slots: list[int] = []
+
+
+class ShardRelease(msgspec.Struct, frozen=True, kw_only=True):
+    """Give back what was granted to a client that is gone. By request id, so that nothing else can be meant."""
+
+    request_id: str
+    subject: str
+
+
+class ShardReleaseAnswer(Answer):
+    """How many jobs went back."""
+
+    n_jobs: int
+
+
+class ShardCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts by slot and state."""
+
+
+class SlotCount(Answer):
+    """How many jobs of one slot are in one state."""
+
+    slot: int
+    state: State
+    n_jobs: int
+
+
+class ShardCountsAnswer(Answer):
+    """From the tallies, at the database's time `at`."""
+
+    shard: str
+    at: float
+    counts: list[SlotCount]
+
+
+class CountsAnswer(Answer):
+    """The monitor's merged counts. A shard that gave no answer is named, and what is shown of it is its last known."""
+
+    total: dict[str, int]
+    by_region: dict[str, dict[str, int]]
+    by_site: dict[str, dict[str, int]]
+    shards: dict[str, float]
+    """Age in seconds of what is shown of each shard that was ever heard."""
+    missing_shards: list[str] = []

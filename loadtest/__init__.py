@@ -1,0 +1,1 @@
+"""Replayed and generated load, as real clients over HTTP."""

@@ -1,0 +1,1 @@
+"""The merged view over all shards."""

@@ -1,0 +1,1 @@
+"""The cluster on one machine, the command line, topology changes, the audit."""

@@ -1,0 +1,1 @@
+"""One partition: the server process with its own InnoDB database and Redis-cached dispatch queue."""
