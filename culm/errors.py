@@ -45,13 +45,15 @@ class Conflict(CulmError):
 
 
 class Moved(CulmError):
-    """The slot is not served here at this epoch. For routers: refresh the topology and ask again. Details: slot, epoch."""
+    """The slot is not served here at this epoch. Routers refresh and ask again. Details: slot, epoch."""
 
     http_status = 503
     retryable = True
 
     def __init__(self, slot: int, epoch: int) -> None:
-        super().__init__("moved", f"slot {slot} is not open here", retry_after_s=0.2, details={"slot": slot, "epoch": epoch})
+        super().__init__(
+            "moved", f"slot {slot} is not open here", retry_after_s=0.2, details={"slot": slot, "epoch": epoch}
+        )
 
 
 class Unavailable(CulmError):

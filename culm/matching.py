@@ -58,7 +58,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 def matches(needs: Requirements, offer: Offer) -> bool:
-    """True if a job of this class may run there: the short form of `refusals`, with the same tests in the same order."""
+    """True if a job of this class may run there: the short form of `refusals`."""
     return (
         needs.label in offer.labels
         and (offer.vos is None or needs.vo in offer.vos)

@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Base of one service's settings."""
 
 
-class TlsSettings(Settings):
+class TlsSettings(Settings, frozen=True, kw_only=True):
     """The link between machines: both sides show a certificate of the shared CA."""
 
     ca_file: Text
@@ -33,7 +33,7 @@ class TlsSettings(Settings):
     key_file: Text
 
 
-class RouterSettings(Settings):
+class RouterSettings(Settings, frozen=True, kw_only=True):
     """The router: stateless, several worker processes on one port."""
 
     name: Text = "router"
@@ -56,7 +56,7 @@ class RouterSettings(Settings):
     log_level: Text = "INFO"
 
 
-class DatabaseSettings(Settings):
+class DatabaseSettings(Settings, frozen=True, kw_only=True):
     """The partition's InnoDB database, reached by unix socket or, with a password file, by TCP."""
 
     socket: str = ""
@@ -74,7 +74,7 @@ class DatabaseSettings(Settings):
     acquire_timeout_s: Seconds = 2.0
 
 
-class Timeouts(Settings):
+class Timeouts(Settings, frozen=True, kw_only=True):
     """How long a job may stay silent in a state; seconds. The defaults are PanDA's, the first lease is ours."""
 
     first_lease_s: Seconds = 600.0
@@ -92,7 +92,7 @@ class Timeouts(Settings):
     """After a restart of the shard or its database the reaper waits so long: heartbeats could not come."""
 
 
-class DispatchSettings(Settings):
+class DispatchSettings(Settings, frozen=True, kw_only=True):
     """The dispatch queue and the claim batches."""
 
     cap: Annotated[int, Meta(ge=1, le=100_000)] = 2000
@@ -109,7 +109,7 @@ class DispatchSettings(Settings):
     breaker_s: Seconds = 1.0
 
 
-class ShardSettings(Settings):
+class ShardSettings(Settings, frozen=True, kw_only=True):
     """One shard: the server of one partition."""
 
     name: Text
@@ -132,7 +132,7 @@ class ShardSettings(Settings):
     log_level: Text = "INFO"
 
 
-class MonitorSettings(Settings):
+class MonitorSettings(Settings, frozen=True, kw_only=True):
     """The monitor: asks all shards at once."""
 
     name: Text = "monitor"

@@ -56,15 +56,15 @@ class Event(StrEnum):
 
 UNREADY: Final = frozenset({State.DEFINED, State.WAITING, State.ASSIGNED})
 """Accepted, but not to be dispatched yet: no `ready` row and no lease."""
-LEASED: Final = frozenset(
-    {State.SENT, State.STARTING, State.RUNNING, State.HOLDING, State.TRANSFERRING, State.MERGING}
-)
+LEASED: Final = frozenset({State.SENT, State.STARTING, State.RUNNING, State.HOLDING, State.TRANSFERRING, State.MERGING})
 """Exactly these have a `lease` row; exactly `activated` has a `ready` row."""
 FINAL: Final = frozenset({State.FINISHED, State.FAILED, State.CANCELLED, State.CLOSED})
 _ON_WORKER: Final = frozenset({State.SENT, State.STARTING, State.RUNNING})
 
 
-def _rows(sources: frozenset[State] | set[State], event: Event, target: State) -> dict[tuple[State | None, Event], State]:
+def _rows(
+    sources: frozenset[State] | set[State], event: Event, target: State
+) -> dict[tuple[State | None, Event], State]:
     return {(source, event): target for source in sources}
 
 

@@ -326,6 +326,6 @@ def _own_slots(users: dict[int, str], slots: Iterable[int], user: str) -> None:
         users[slot] = user
 
 
-def _require(holds: bool, message: str) -> None:  # noqa: FBT001
+def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ClientFault("bad_topology", message)

@@ -47,14 +47,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 # --- jobs -----------------------------------------------------------------------------------------------------------
 
 
-class InputFile(Request):
+class InputFile(Request, frozen=True, kw_only=True):
     """A file that must be there before the job may start; `ready` says that it is."""
 
     name: Name
     ready: bool = True
 
 
-class JobSpec(Request):
+class JobSpec(Request, frozen=True, kw_only=True):
     """One job as its submitter describes it. Immutable once stored.
 
     Target: a computing `queue`, or a `site`, or a `region`; none of them is the default region. Payload: exactly one
@@ -84,15 +84,18 @@ class JobSpec(Request):
     parent_id: JobId | None = None
 
 
-class JobError(Request):
-    """Why a job failed: PanDA's plane (pilot, exe, sup, ddm, brokerage, jobDispatcher, taskBuffer, trans), code, text."""
+class JobError(Request, frozen=True, kw_only=True):
+    """Why a job failed: PanDA's plane, code and text.
+
+    Planes: pilot, exe, sup, ddm, brokerage, jobDispatcher, taskBuffer, trans.
+    """
 
     plane: Name
     code: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     text: Annotated[str, Meta(max_length=1000)] = ""
 
 
-class Usage(Request):
+class Usage(Request, frozen=True, kw_only=True):
     """What the payload has used so far."""
 
     wall_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -104,7 +107,7 @@ class Usage(Request):
 # --- the five verbs --------------------------------------------------------------------------------------------------
 
 
-class SubmitRequest(Request):
+class SubmitRequest(Request, frozen=True, kw_only=True):
     """Up to 2,000 jobs. The same key with the same jobs gives the same ids, however often it is sent."""
 
     idempotency_key: Key
@@ -113,7 +116,7 @@ class SubmitRequest(Request):
     """Join an existing jobset; None makes one, the same for every repeat of this key."""
 
 
-class ErrorBody(Answer):
+class ErrorBody(Answer, frozen=True, kw_only=True):
     """Every error, in every dialect of /v1: {"error": {..}}."""
 
     code: str
@@ -123,7 +126,7 @@ class ErrorBody(Answer):
     details: dict[str, Any] = {}
 
 
-class ShardOutcome(Answer):
+class ShardOutcome(Answer, frozen=True, kw_only=True):
     """What one shard did with its part of a call."""
 
     ok: bool
@@ -131,7 +134,7 @@ class ShardOutcome(Answer):
     error: ErrorBody | None = None
 
 
-class SubmitAnswer(Answer):
+class SubmitAnswer(Answer, frozen=True, kw_only=True):
     """`ids` in the order of the request; None where that job's shard gave no answer: repeat the call."""
 
     jobset: int
@@ -139,7 +142,7 @@ class SubmitAnswer(Answer):
     shards: dict[str, ShardOutcome]
 
 
-class PilotInfo(Request):
+class PilotInfo(Request, frozen=True, kw_only=True):
     """Who asks."""
 
     id: Name
@@ -148,8 +151,11 @@ class PilotInfo(Request):
     version: OptionalName = ""
 
 
-class GetJobRequest(Request):
-    """A pilot asks for work. The same request id gets the same jobs while their leases live. 0 = what the queue offers."""
+class GetJobRequest(Request, frozen=True, kw_only=True):
+    """A pilot asks for work. The same request id gets the same jobs while their leases live.
+
+    0 in what it offers means: what the computing queue offers.
+    """
 
     request_id: Annotated[str, Meta(min_length=8, max_length=64)]
     queue: Name
@@ -163,7 +169,7 @@ class GetJobRequest(Request):
     wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0.0
 
 
-class Grant(Answer):
+class Grant(Answer, frozen=True, kw_only=True):
     """One job for the pilot: it is his until the lease ends."""
 
     id: int
@@ -181,14 +187,14 @@ class Grant(Answer):
     """The JobSpec as stored."""
 
 
-class GetJobAnswer(Answer):
+class GetJobAnswer(Answer, frozen=True, kw_only=True):
     """No job is an answer, not an error: `jobs` is empty then, and `reason` may say why (e.g. queue_offline)."""
 
     jobs: list[Grant] = []
     reason: str = ""
 
 
-class HeartbeatRequest(Request):
+class HeartbeatRequest(Request, frozen=True, kw_only=True):
     """A sign of life of a leased job; its state may move on (starting, running)."""
 
     id: JobId
@@ -198,7 +204,7 @@ class HeartbeatRequest(Request):
     usage: Usage | None = None
 
 
-class HeartbeatAnswer(Answer):
+class HeartbeatAnswer(Answer, frozen=True, kw_only=True):
     """`command` is "cancel" when the payload must be ended and reported, else None."""
 
     state: State
@@ -207,7 +213,7 @@ class HeartbeatAnswer(Answer):
     command: str | None = None
 
 
-class ReportRequest(Request):
+class ReportRequest(Request, frozen=True, kw_only=True):
     """What became of a job.
 
     A pilot sends `state` with `attempt` and `lease_token` (state `activated` gives the job back). The data side (role
@@ -226,7 +232,7 @@ class ReportRequest(Request):
     usage: Usage | None = None
 
 
-class ReportAnswer(Answer):
+class ReportAnswer(Answer, frozen=True, kw_only=True):
     """The state after the report. A repeated final report is answered as the first was."""
 
     id: int
@@ -234,7 +240,7 @@ class ReportAnswer(Answer):
     state: State
 
 
-class CancelRequest(Request):
+class CancelRequest(Request, frozen=True, kw_only=True):
     """End jobs by id, or a whole jobset. Exactly one of the two."""
 
     ids: Annotated[list[JobId], Meta(max_length=MAX_IDS_PER_CALL)] = []
@@ -244,7 +250,7 @@ class CancelRequest(Request):
 CancelOutcome = Literal["cancelled", "requested", "already_final", "not_found", "forbidden", "unknown"]
 
 
-class CancelledJob(Answer):
+class CancelledJob(Answer, frozen=True, kw_only=True):
     """`requested`: it runs, its pilot is told at the next heartbeat. `unknown`: the shard gave no answer."""
 
     id: int
@@ -252,7 +258,7 @@ class CancelledJob(Answer):
     state: State | None = None
 
 
-class CancelAnswer(Answer):
+class CancelAnswer(Answer, frozen=True, kw_only=True):
     """One entry per job; shards that gave no answer are named."""
 
     jobs: list[CancelledJob]
@@ -262,7 +268,7 @@ class CancelAnswer(Answer):
 # --- reads -----------------------------------------------------------------------------------------------------------
 
 
-class JobRow(Answer):
+class JobRow(Answer, frozen=True, kw_only=True):
     """One line of a list of jobs."""
 
     id: int
@@ -288,7 +294,7 @@ class JobRow(Answer):
     error: JobError | None = None
 
 
-class JobEvent(Answer):
+class JobEvent(Answer, frozen=True, kw_only=True):
     """One transition of a job, in the order of `n`."""
 
     n: int
@@ -301,7 +307,7 @@ class JobEvent(Answer):
     detail: str
 
 
-class AttemptReport(Answer):
+class AttemptReport(Answer, frozen=True, kw_only=True):
     """The final report of one attempt."""
 
     attempt: int
@@ -314,7 +320,7 @@ class AttemptReport(Answer):
     usage: Usage | None
 
 
-class JobView(Answer):
+class JobView(Answer, frozen=True, kw_only=True):
     """All that is known of one job."""
 
     job: JobRow
@@ -323,7 +329,7 @@ class JobView(Answer):
     reports: list[AttemptReport]
 
 
-class JobsQuery(Request):
+class JobsQuery(Request, frozen=True, kw_only=True):
     """Filters of a list of jobs; `after` is the last id of the page before, newest ids of a slot last."""
 
     region: OptionalName = ""
@@ -335,7 +341,7 @@ class JobsQuery(Request):
     after: Annotated[int, Meta(ge=0, le=MAX_JOB_ID)] = 0
 
 
-class JobsAnswer(Answer):
+class JobsAnswer(Answer, frozen=True, kw_only=True):
     """A page in the order of the id; `next` is None at the end. Shards that gave no answer are named."""
 
     jobs: list[JobRow]
@@ -387,7 +393,7 @@ class ShardSubmit(msgspec.Struct, frozen=True, kw_only=True):
     parts: list[SlotJobs]
 
 
-class ShardSubmitAnswer(Answer):
+class ShardSubmitAnswer(Answer, frozen=True, kw_only=True):
     """The first id per part; a part's ids are contiguous."""
 
     first_ids: list[int]
@@ -461,7 +467,7 @@ class ShardRelease(msgspec.Struct, frozen=True, kw_only=True):
     subject: str
 
 
-class ShardReleaseAnswer(Answer):
+class ShardReleaseAnswer(Answer, frozen=True, kw_only=True):
     """How many jobs went back."""
 
     n_jobs: int
@@ -471,7 +477,7 @@ class ShardCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Counts by slot and state."""
 
 
-class SlotCount(Answer):
+class SlotCount(Answer, frozen=True, kw_only=True):
     """How many jobs of one slot are in one state."""
 
     slot: int
@@ -479,7 +485,7 @@ class SlotCount(Answer):
     n_jobs: int
 
 
-class ShardCountsAnswer(Answer):
+class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     """From the tallies, at the database's time `at`."""
 
     shard: str
@@ -487,7 +493,7 @@ class ShardCountsAnswer(Answer):
     counts: list[SlotCount]
 
 
-class CountsAnswer(Answer):
+class CountsAnswer(Answer, frozen=True, kw_only=True):
     """The monitor's merged counts. A shard that gave no answer is named, and what is shown of it is its last known."""
 
     total: dict[str, int]

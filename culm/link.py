@@ -1,0 +1,506 @@
+"""The link: framed MessagePack between a router (or the monitor) and a shard, many calls at once on one connection.
+
+A frame is a 4-byte big-endian length and one MessagePack array `[kind, stream, verb, deadline_ms, body]` (trailing
+defaults may be missing). The connecting side sends CALL, CANCEL and PING, the accepting side ANSWER, ERROR and PONG;
+both begin with HELLO. Every CALL gets exactly one ANSWER or ERROR, also after a CANCEL, so that an answer that
+crossed the CANCEL is seen by the caller's side as an orphan and can be given back.
+
+Frames written in one turn of the event loop leave in one write. Bodies are opaque here, see `culm.wire`.
+"""
+
+import asyncio
+import contextlib
+import enum
+import itertools
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from culm import address
+from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.settings import TlsSettings
+from culm.wire import MAX_FRAME_BYTES, ErrorBody
+
+VERSION: Final = 1
+HELLO_TIMEOUT_S: Final = 2.0
+MAX_CALLS_PER_CONNECTION: Final = 16_384
+MAX_UNSENT_BYTES: Final = 64 << 20
+
+log = logging.getLogger("culm.link")
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    CALL = 0
+    ANSWER = 1
+    ERROR = 2
+    CANCEL = 3
+    PING = 4
+    PONG = 5
+    HELLO = 6
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, forbid_unknown_fields=False):
+    """One frame; `stream` numbers the calls of one connection, in HELLO it is the protocol's version."""
+
+    kind: Kind
+    stream: int
+    verb: str = ""
+    deadline_ms: int = 0
+    body: bytes = b""
+
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(Frame)
+_ERROR_DECODER: Final = msgspec.msgpack.Decoder(ErrorBody)
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The bytes on the wire. Raises ClientFault(too_large)."""
+    body = _ENCODER.encode(frame)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ClientFault("too_large", f"a message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}", http_status=413)
+    return len(body).to_bytes(4, "big") + body
+
+
+def error_body(error: CulmError) -> ErrorBody:
+    """What crosses the wire of an error."""
+    return ErrorBody(
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_s=error.retry_after_s,
+        details={**error.details, "status": error.http_status},
+    )
+
+
+def error_from_body(body: ErrorBody) -> CulmError:
+    """The error as the other side raised it, of the kind that its status and code say."""
+    details = dict(body.details)
+    status = details.pop("status", 500)
+    if body.code == "moved":
+        return Moved(int(details.get("slot", -1)), int(details.get("epoch", 0)))
+    if status == 409:
+        return Conflict(body.code, body.message, details=details)
+    if body.retryable:
+        error: CulmError = Unavailable(
+            body.code, body.message, retry_after_s=body.retry_after_s or 1.0, details=details
+        )
+        error.http_status = status
+        return error
+    if 400 <= status < 500:
+        return ClientFault(body.code, body.message, http_status=status, details=details)
+    return Bug(body.message)
+
+
+class _Connection(asyncio.Protocol):
+    """Framing for both sides: reads whole frames, writes once per turn of the loop."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.transport: asyncio.Transport | None = None
+        self.peer = ""
+        self.heard_at = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._received = bytearray()
+        self._unsent: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+        self.heard_at = self._loop.time()
+        self.send(Frame(Kind.HELLO, VERSION, self.name))
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = self._loop.time()
+        received = self._received
+        received += data
+        start = 0
+        while len(received) - start >= 4:
+            size = int.from_bytes(received[start : start + 4], "big")
+            if size > MAX_FRAME_BYTES:
+                self._refuse(f"a frame of {size} bytes")
+                return
+            end = start + 4 + size
+            if len(received) < end:
+                break
+            try:
+                frame = _DECODER.decode(memoryview(received)[start + 4 : end])
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._refuse(str(error))
+                return
+            start = end
+            if not self._accept(frame):
+                return
+        if start:
+            del received[:start]
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame; it leaves at the end of this turn of the loop."""
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(encode_frame(frame))
+
+    def close(self) -> None:
+        """Flush and end the connection."""
+        self._flush()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _flush(self) -> None:
+        data = b"".join(self._unsent)
+        self._unsent.clear()
+        if not data or self.transport is None or self.transport.is_closing():
+            return
+        self.transport.write(data)
+        if self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self._refuse("the other side does not read")
+
+    def _accept(self, frame: Frame) -> bool:
+        """Handle one frame; False once the connection was given up."""
+        if not self.peer:
+            if frame.kind is not Kind.HELLO or frame.stream != VERSION:
+                self._refuse(f"{frame.kind.name} {frame.stream} instead of HELLO {VERSION}")
+                return False
+            self.peer = frame.verb or "?"
+            self.ready()
+            return True
+        return self.handle(frame)
+
+    def _refuse(self, why: str) -> None:
+        log.warning("link %s: closed, %s", self.name, why)
+        # The received bytes may be exported by a decoder's memoryview here: drop the buffer, do not resize it.
+        self._received = bytearray()
+        if self.transport is not None:
+            self.transport.abort()
+
+    def ready(self) -> None:
+        """The other side said HELLO."""
+
+    def handle(self, frame: Frame) -> bool:
+        """One frame after HELLO."""
+        raise NotImplementedError
+
+
+# --- the accepting side ----------------------------------------------------------------------------------------------
+
+Handler = Callable[[str, bytes, float], Awaitable[bytes]]
+"""(verb, body, deadline in seconds from now) -> answer's body; raises CulmError."""
+Undelivered = Callable[[str, bytes, bytes], None]
+"""(verb, body, answer): the answer could not be sent, its effect should be undone."""
+
+
+class LinkServer:
+    """Accepts connections and runs one task per call."""
+
+    def __init__(self, name: str, handler: Handler, undelivered: Undelivered) -> None:
+        self.name = name
+        self.handler = handler
+        self.undelivered = undelivered
+        self.connections: set[_ServerConnection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, where: str, tls: TlsSettings | None = None) -> None:
+        """Listen. Raises ClientFault (address.parse, address.prepare_socket) and OSError."""
+        loop = asyncio.get_running_loop()
+        target = address.parse(where)
+        if target.kind == "unix":
+            address.prepare_socket(target.path)
+            self._server = await loop.create_unix_server(self._connection, target.path)
+            return
+        context = address.server_tls(tls) if target.kind == "tls" else None
+        self._server = await loop.create_server(self._connection, target.host, target.port, ssl=context)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Accept no more, let the calls under way end for at most `timeout_s`, then cancel them."""
+        if self._server is not None:
+            self._server.close()
+        tasks = [task for connection in self.connections for task in connection.tasks.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=1.0)
+        for connection in list(self.connections):
+            connection.close()
+
+    def _connection(self) -> "_ServerConnection":
+        return _ServerConnection(self)
+
+
+class _ServerConnection(_Connection):
+    def __init__(self, server: LinkServer) -> None:
+        super().__init__(server.name)
+        self.server = server
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._hello_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.server.connections.add(self)
+        self._hello_timer = self._loop.call_later(HELLO_TIMEOUT_S, self._no_hello)
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self.server.connections.discard(self)
+        self.transport = None
+        for task in list(self.tasks.values()):
+            task.cancel()
+
+    def handle(self, frame: Frame) -> bool:
+        match frame.kind:
+            case Kind.CALL:
+                self._call(frame)
+            case Kind.CANCEL:
+                task = self.tasks.get(frame.stream)
+                if task is not None:
+                    task.cancel()
+            case Kind.PING:
+                self.send(Frame(Kind.PONG, frame.stream))
+            case _:
+                self._refuse(f"{frame.kind.name} is not for this side")
+                return False
+        return True
+
+    def _no_hello(self) -> None:
+        if not self.peer:
+            self._refuse("no HELLO in time")
+
+    def _call(self, frame: Frame) -> None:
+        if frame.stream in self.tasks:
+            self._refuse(f"stream {frame.stream} is in use")
+            return
+        if len(self.tasks) >= MAX_CALLS_PER_CONNECTION:
+            self._send_error(frame.stream, Unavailable("overloaded", "too many calls on this link"))
+            return
+        self.tasks[frame.stream] = self._loop.create_task(self._run(frame))
+
+    async def _run(self, frame: Frame) -> None:
+        try:
+            answer = await self.server.handler(frame.verb, frame.body, frame.deadline_ms / 1000)
+            if self.transport is None or self.transport.is_closing():
+                self.server.undelivered(frame.verb, frame.body, answer)
+            else:
+                self.send(Frame(Kind.ANSWER, frame.stream, body=answer))
+        except asyncio.CancelledError:
+            # Either the caller's CANCEL, which is owed its one answer, or the connection or the process ends.
+            self._send_error(frame.stream, Unavailable("cancelled", "the call was cancelled"))
+        except CulmError as error:
+            self._send_error(frame.stream, error)
+        except Exception:  # the last guard of a call: whatever it was must not end the connection of all others
+            log.exception("link %s: %s failed", self.name, frame.verb)
+            self._send_error(frame.stream, Bug(f"{frame.verb} failed, see the log of {self.name}"))
+        finally:
+            self.tasks.pop(frame.stream, None)
+
+    def _send_error(self, stream: int, error: CulmError) -> None:
+        self.send(Frame(Kind.ERROR, stream, body=_ENCODER.encode(error_body(error))))
+
+
+# --- the connecting side ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    verb: str
+    body: bytes
+    answer: asyncio.Future[bytes]
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """How a client of the link behaves."""
+
+    stall_s: float = 1.0
+    """No byte for so long after a ping: the shard is taken for dead."""
+    window: int = 4096
+    """Calls under way at most; beyond it Unavailable(overloaded)."""
+    tls: TlsSettings | None = None
+    orphan: Callable[[str, bytes, bytes], None] = field(default=lambda _verb, _body, _answer: None)
+    """Called with (verb, body, answer) when an answer comes for a caller that is gone."""
+
+
+class LinkClient:
+    """One connection to one shard that is made again whenever it breaks; never more than one at a time."""
+
+    def __init__(self, name: str, where: str, options: LinkOptions) -> None:
+        self.name = name
+        self.where = where
+        self.options = options
+        self._connection: _ClientConnection | None = None
+        self._streams = itertools.count(1)
+        self._up = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether a call would leave now."""
+        return self._connection is not None
+
+    def start(self) -> None:
+        """Connect, and keep connected, in the background."""
+        if self._keeper is None:
+            self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    async def stop(self) -> None:
+        """End the connection; calls under way fail with Unavailable."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+
+    async def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for the connection at most so long; whether there is one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        return self.connected
+
+    async def call(self, verb: str, body: bytes, deadline_s: float) -> bytes:
+        """Ask the shard; the answer's body.
+
+        Raises:
+            Unavailable: shard_down (nothing was sent), outcome_unknown, deadline, overloaded.
+            CulmError: whatever the shard answered.
+
+        Safe to retry: as the verb is. When the caller is cancelled the shard is told.
+        """
+        connection = self._connection
+        if connection is None:
+            raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
+        if len(connection.calls) >= self.options.window:
+            raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
+        stream = next(self._streams)
+        call = _Call(verb, body, asyncio.get_running_loop().create_future())
+        connection.send(Frame(Kind.CALL, stream, verb, int(deadline_s * 1000), body))
+        connection.calls[stream] = call
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await call.answer
+        except TimeoutError:
+            self._abandon(connection, stream, call)
+            raise Unavailable(
+                "deadline", f"shard {self.name} gave no answer in {deadline_s:.1f} s", details={"shard": self.name}
+            ) from None
+        except asyncio.CancelledError:
+            self._abandon(connection, stream, call)
+            raise
+
+    def _abandon(self, connection: "_ClientConnection", stream: int, call: _Call) -> None:
+        """Nobody waits any more: tell the shard, or give back an answer that came in the same turn of the loop."""
+        answer = call.answer
+        if not answer.done() or answer.cancelled():
+            connection.send(Frame(Kind.CANCEL, stream))
+        elif answer.exception() is None:
+            self.options.orphan(call.verb, call.body, answer.result())
+
+    async def _keep(self) -> None:
+        pause_s = 0.05
+        try:
+            while True:
+                connection = await self._connect()
+                if connection is not None:
+                    pause_s = 0.05
+                    self._connection = connection
+                    self._up.set()
+                    await self._watch(connection)
+                    self._forget(connection)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, 1.0)
+        finally:
+            if self._connection is not None:
+                self._connection.close()
+                self._forget(self._connection)
+
+    async def _connect(self) -> "_ClientConnection | None":
+        loop = asyncio.get_running_loop()
+        try:
+            target = address.parse(self.where)
+            async with asyncio.timeout(self.options.stall_s):
+                connection = _ClientConnection(self.name, self.options.orphan)
+                if target.kind == "unix":
+                    await loop.create_unix_connection(lambda: connection, target.path)
+                else:
+                    context = address.client_tls(self.options.tls) if target.kind == "tls" else None
+                    await loop.create_connection(lambda: connection, target.host, target.port, ssl=context)
+                await connection.greeted.wait()
+        except (OSError, TimeoutError, ssl.SSLError, ClientFault) as error:
+            log.debug("link to %s: %s", self.name, error)
+            return None
+        return connection
+
+    async def _watch(self, connection: "_ClientConnection") -> None:
+        """Ping until the connection is lost, or silent for longer than the stall time after a ping."""
+        loop = asyncio.get_running_loop()
+        interval_s = self.options.stall_s / 4
+        for number in itertools.count(1):
+            pinged_at = loop.time()
+            connection.send(Frame(Kind.PING, number))
+            while connection.heard_at < pinged_at:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(interval_s):
+                        await connection.lost.wait()
+                        return
+                if connection.heard_at < pinged_at and loop.time() - pinged_at > self.options.stall_s:
+                    log.warning("link to %s: no sign of life in %.1f s", self.name, self.options.stall_s)
+                    return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await connection.lost.wait()
+                    return
+
+    def _forget(self, connection: "_ClientConnection") -> None:
+        self._connection = None
+        self._up.clear()
+        if connection.transport is not None:
+            connection.transport.abort()
+        connection.fail_all(self.name)
+
+
+class _ClientConnection(_Connection):
+    def __init__(self, name: str, orphan: Callable[[str, bytes, bytes], None]) -> None:
+        super().__init__(name)
+        self.calls: dict[int, _Call] = {}
+        self.greeted = asyncio.Event()
+        self.lost = asyncio.Event()
+        self._orphan = orphan
+
+    def ready(self) -> None:
+        self.greeted.set()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self.transport = None
+        self.lost.set()
+
+    def handle(self, frame: Frame) -> bool:
+        if frame.kind is Kind.PONG:
+            return True
+        if frame.kind not in (Kind.ANSWER, Kind.ERROR):
+            self._refuse(f"{frame.kind.name} is not for this side")
+            return False
+        call = self.calls.pop(frame.stream, None)
+        if call is None:
+            log.warning("link to %s: an answer for stream %d, which nobody asked", self.name, frame.stream)
+        elif call.answer.done():
+            # The caller timed out or was cancelled, and the answer crossed our CANCEL.
+            if frame.kind is Kind.ANSWER:
+                self._orphan(call.verb, call.body, frame.body)
+        elif frame.kind is Kind.ANSWER:
+            call.answer.set_result(frame.body)
+        else:
+            call.answer.set_exception(error_from_body(_ERROR_DECODER.decode(frame.body)))
+        return True
+
+    def fail_all(self, shard: str) -> None:
+        """The connection is gone: the outcome of what was under way is unknown."""
+        calls, self.calls = self.calls, {}
+        for call in calls.values():
+            if not call.answer.done():
+                call.answer.set_exception(
+                    Unavailable("outcome_unknown", f"the link to shard {shard} broke", details={"shard": shard})
+                )
