@@ -391,6 +391,8 @@ class ShardSubmit(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     jobset: int
     parts: list[SlotJobs]
+    parent_depths: dict[int, int] = {}
+    """How deep each parent that is named lies: 0 for a job that has no parent itself."""
 
 
 class ShardSubmitAnswer(Answer, frozen=True, kw_only=True):
@@ -458,6 +460,18 @@ class ShardJobs(msgspec.Struct, frozen=True, kw_only=True):
     principal: Principal
     query: JobsQuery
     slots: list[int] = []
+
+
+class ShardDepths(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask how deep jobs lie in their chains of parents."""
+
+    ids: list[int]
+
+
+class ShardDepthsAnswer(Answer, frozen=True, kw_only=True):
+    """Unknown jobs are missing."""
+
+    depths: dict[int, int]
 
 
 class ShardRelease(msgspec.Struct, frozen=True, kw_only=True):

@@ -91,7 +91,7 @@ CREATE TABLE lease (
     granted_at   DATETIME(6) NOT NULL,
     expires_at   DATETIME(6) NOT NULL,
     PRIMARY KEY (id),
-    UNIQUE KEY answer_of_request (subject, request_id, ordinal),
+    UNIQUE KEY answer_of_request (request_id, subject, ordinal),
     KEY leases_by_expiry (expires_at)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 

@@ -1,0 +1,50 @@
+"""Who may do what: pure rules over a verified Principal. Used by the router and, where the job decides, by the shard."""
+
+from typing import Final
+
+from culm.errors import ClientFault
+from culm.wire import Principal
+
+PRODUCTION: Final = "production"
+
+
+def require_role(principal: Principal, *roles: str) -> None:
+    """Raises ClientFault(forbidden) unless the principal has one of these roles."""
+    if principal.role not in roles:
+        raise forbidden(f"this needs the role {' or '.join(roles)}, the token has {principal.role}")
+
+
+def forbidden(message: str) -> ClientFault:
+    """The error for what this principal may not do."""
+    return ClientFault("forbidden", message, http_status=403)
+
+
+def allows_queue(principal: Principal, queue: str) -> bool:
+    """Whether a pilot's token is scoped for a computing queue (invariant I13); an admin's always is."""
+    if principal.role == "admin":
+        return True
+    return principal.role == "pilot" and any(
+        queue.startswith(scope[:-1]) if scope.endswith("*") else queue == scope for scope in principal.queues
+    )
+
+
+def may_read(principal: Principal, vo: str) -> bool:
+    """Users see the jobs of their own VO, an admin sees all, a pilot none."""
+    return principal.role == "admin" or (principal.role == "user" and principal.vo == vo)
+
+
+def may_end(principal: Principal, *, owner: str, vo: str, working_group: str) -> bool:
+    """An owner may end his jobs, a group's manager the group's, production its VO's, an admin all."""
+    if principal.role != "user":
+        return principal.role == "admin"
+    if principal.vo != vo:
+        return False
+    is_manager = bool(working_group) and f"manager:{working_group}" in principal.roles
+    return principal.subject == owner or is_manager or PRODUCTION in principal.roles
+
+
+def may_speak_for_data(principal: Principal, vo: str) -> bool:
+    """Whether this is the data side of a VO: it says when inputs are there and outputs are stored."""
+    return principal.role == "admin" or (
+        principal.role == "user" and principal.vo == vo and PRODUCTION in principal.roles
+    )

@@ -1,0 +1,247 @@
+"""The claim: one transaction that gives ready jobs to a batch of get_job requests.
+
+Hints are candidates, from Redis first and from InnoDB where Redis does not know or has too few; what counts is the
+row lock on `ready` (SKIP LOCKED). Invariants: I3, a (job, attempt) is granted to one request id; I6, a repeated
+request id gets its first answer while the leases live; I8, only slots that are open at the request's epoch; I13, a
+row is taken only for a request whose offer its class fits.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from culm.settings import Timeouts
+from culm.states import Event
+from culm.wire import Grant, ShardGetJob
+from shard.database import Row, Transaction
+from shard.hints import ClassKey, Hint
+from shard.transitions import Change, apply, job_of, lock_slots
+
+MAX_ROUNDS: Final = 4
+CLASSES_PER_STATEMENT: Final = 100
+
+
+@dataclass
+class Seat:
+    """One request in a batch, and what it gets."""
+
+    call: ShardGetJob
+    keys: tuple[ClassKey, ...]
+    """The active classes that its offer fits, when the batch was made."""
+    grants: list[Grant] = field(default_factory=list)
+    repeated: bool = False
+    """Answered from the leases that its first try got."""
+
+
+@dataclass
+class Claimed:
+    """What one claim did, for the caller to act on after the commit."""
+
+    seats: list[Seat]
+    from_database: list[Hint] = field(default_factory=list)
+    """Taken by way of InnoDB: their hints in Redis are stale."""
+    empty: list[ClassKey] = field(default_factory=list)
+    """Classes that InnoDB had no row of."""
+    unused: list[Hint] = field(default_factory=list)
+    """Hints that were not needed: they belong back into Redis."""
+    contended: bool = False
+    """Somebody else held candidates that we could have used: an empty answer would not be true."""
+
+
+@dataclass
+class _Group:
+    """The seats that may take from the same classes: one candidate is as good as another for each of them."""
+
+    keys: tuple[ClassKey, ...]
+    seats: list[Seat]
+    tried: set[int] = field(default_factory=set)
+    won: list[Hint] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> int:
+        return sum(seat.call.n_jobs for seat in self.seats if not seat.repeated) - len(self.won)
+
+
+def groups_of(seats: Sequence[Seat]) -> list[tuple[tuple[ClassKey, ...], int]]:
+    """The distinct sets of classes in the batch and how many jobs each wants, in the order of `claim`'s hints."""
+    return [(group.keys, group.wanted) for group in _groups(seats)]
+
+
+async def claim(tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hint]], timeouts: Timeouts) -> Claimed:
+    """Give jobs to the seats, in the order in which they sit.
+
+    Args:
+        tx: a transaction of the claim pool.
+        seats: without grants; they are filled.
+        hints: per group of `groups_of`, the candidates from Redis; may be empty or wrong.
+        timeouts: the shard's defaults for lease times.
+
+    Raises:
+        Moved: a slot is not open here at that epoch.
+        ChangedUnderfootError, DuplicateKeyError: run the transaction again.
+    """
+    for seat in seats:
+        seat.grants.clear()
+        seat.repeated = False
+    await lock_slots(tx, {ref.slot: ref for seat in seats for ref in seat.call.slots}.values())
+    await _answer_repeated(tx, seats)
+    result = Claimed(seats)
+    groups = _groups(seats)
+    for group, some in zip(groups, hints, strict=False):
+        result.unused += some[max(group.wanted, 0) :]
+    await _win(tx, groups, [list(some[: max(group.wanted, 0)]) for group, some in zip(groups, hints, strict=False)])
+    for _ in range(MAX_ROUNDS):
+        short = [group for group in groups if group.wanted > 0 and group.keys]
+        if not short:
+            break
+        if not await _win_from_database(tx, short, result):
+            break
+    await _grant(tx, groups, timeouts)
+    return result
+
+
+def _groups(seats: Sequence[Seat]) -> list[_Group]:
+    groups: dict[tuple[ClassKey, ...], _Group] = {}
+    for seat in seats:
+        groups.setdefault(seat.keys, _Group(seat.keys, [])).seats.append(seat)
+    return list(groups.values())
+
+
+async def _answer_repeated(tx: Transaction, seats: Sequence[Seat]) -> None:
+    rows = await tx.fetch("find_answers", tuple({seat.call.request_id for seat in seats}))
+    if not rows:
+        return
+    leases: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        leases.setdefault((row[0], row[1]), []).append(row)
+    jobs = await _read_claimed(tx, [row[2] for row in rows])
+    for seat in seats:
+        for _, _, job_id, attempt, token, first_s, heartbeat_s in leases.get(_identity(seat), []):
+            if job_id in jobs:
+                seat.repeated = True
+                seat.grants.append(_grant_of(jobs[job_id], attempt, token, (first_s, heartbeat_s)))
+
+
+async def _win(tx: Transaction, groups: Sequence[_Group], candidates: Sequence[list[Hint]]) -> int:
+    """Lock candidates of each group, at most as many as it wants; how many were won."""
+    asked = {hint.id for some in candidates for hint in some}
+    if not asked:
+        return 0
+    rows = await tx.fetch("lock_ready", tuple(asked))
+    locked = {row[0]: Hint(row[3], row[0], ClassKey(row[1], row[2])) for row in rows}
+    n_won = 0
+    for group, some in zip(groups, candidates, strict=False):
+        keys = set(group.keys)
+        for candidate in some:
+            group.tried.add(candidate.id)
+            hint = locked.get(candidate.id)
+            # A hint may lie about its class: the row says what it is, and only fitting rows are taken.
+            if hint is not None and hint.key in keys and group.wanted > 0:
+                group.won.append(locked.pop(hint.id))
+                n_won += 1
+    return n_won
+
+
+async def _win_from_database(tx: Transaction, groups: Sequence[_Group], result: Claimed) -> bool:
+    """One more round with InnoDB's own order; whether another one may win more."""
+    candidates = []
+    result.contended = False
+    for group in groups:
+        found = await _best_in_database(tx, group, result)
+        # What stands there but could not be locked before is in a rival's hands: he may yet give it back.
+        result.contended = result.contended or any(hint.id in group.tried for hint in found)
+        candidates.append([hint for hint in found if hint.id not in group.tried][: group.wanted])
+    won_before = [len(group.won) for group in groups]
+    n_candidates = sum(map(len, candidates))
+    n_won = await _win(tx, groups, candidates)
+    for group, n_before in zip(groups, won_before, strict=True):
+        result.from_database += group.won[n_before:]
+    result.contended = result.contended or n_won < n_candidates
+    return n_candidates > 0
+
+
+async def _best_in_database(tx: Transaction, group: _Group, result: Claimed) -> list[Hint]:
+    limit = group.wanted + len(group.tried)
+    found: list[Hint] = []
+    for start in range(0, len(group.keys), CLASSES_PER_STATEMENT):
+        keys = group.keys[start : start + CLASSES_PER_STATEMENT]
+        rows = await tx.fetch_rows("best_ready", [(key.slot, key.class_id, limit) for key in keys])
+        hints = [Hint(row[3], row[0], ClassKey(row[1], row[2])) for row in rows]
+        result.empty += set(keys) - {hint.key for hint in hints}
+        found += hints
+    own = {hint.id for hint in group.won}
+    return sorted(hint for hint in found if hint.id not in own)
+
+
+async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts) -> None:
+    winners = _seat_winners(groups)
+    if not winners:
+        return
+    jobs = await _read_claimed(tx, [hint.id for _, hint, _ in winners])
+    leases, changes = [], []
+    for seat, hint, ordinal in winners:
+        call, row = seat.call, jobs[hint.id]
+        job = job_of(row[:14])
+        attempt, token = job.attempt + 1, secrets.token_hex(12)
+        first_s = call.lease.first_s or timeouts.first_lease_s
+        heartbeat_s = call.lease.heartbeat_s or timeouts.heartbeat_s
+        who = (call.request_id, ordinal, call.subject)
+        leases.append((job.id, attempt, token, *who, first_s, heartbeat_s, first_s))
+        changes.append(
+            Change(
+                job=job,
+                event=Event.CLAIM,
+                actor=call.subject,
+                detail=f"request {call.request_id} pilot {call.pilot.id}",
+                attempt=attempt,
+                queue=call.offer.queue,
+                pilot=call.pilot.id,
+                host=call.pilot.host,
+            )
+        )
+        seat.grants.append(_grant_of(row, attempt, token, (first_s, heartbeat_s)))
+    # The lease first: its unique key is where a request id that is under way twice is caught.
+    await tx.execute_rows("insert_leases", leases)
+    await apply(tx, changes)
+
+
+def _seat_winners(groups: Sequence[_Group]) -> list[tuple[Seat, Hint, int]]:
+    """Who gets which: the best job to the first seat."""
+    winners = []
+    for group in groups:
+        won = iter(sorted(group.won))
+        for seat in group.seats:
+            if seat.repeated:
+                continue
+            for ordinal in range(seat.call.n_jobs):
+                hint = next(won, None)
+                if hint is None:
+                    break
+                winners.append((seat, hint, ordinal))
+    return winners
+
+
+async def _read_claimed(tx: Transaction, ids: Sequence[int]) -> dict[int, Row]:
+    return {row[0]: row for row in await tx.fetch("read_claimed", tuple(ids))}
+
+
+def _grant_of(row: Row, attempt: int, token: str, lease: tuple[float, float]) -> Grant:
+    return Grant(
+        id=row[0],
+        attempt=attempt,
+        lease_token=token,
+        lease_s=lease[0],
+        heartbeat_s=lease[1],
+        jobset=row[14],
+        owner=row[9],
+        vo=row[15],
+        priority=row[8],
+        spec=msgspec.Raw(row[16]),
+    )
+
+
+def _identity(seat: Seat) -> tuple[str, str]:
+    return seat.call.subject, seat.call.request_id

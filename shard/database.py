@@ -1,0 +1,274 @@
+"""The partition's database: pools of connections, transactions, and the table that maps driver errors to ours.
+
+The only module that imports the driver. Every statement has a deadline; a connection whose statement was cut off
+(deadline, cancellation, lost server) is closed, never reused. Each writing connection has a number, the `writer` of
+the tally tables, so that no two open transactions share a tally row.
+"""
+
+import asyncio
+import contextlib
+import logging
+import warnings
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import aiomysql
+from prometheus_client import Counter, Gauge
+from pymysql.err import MySQLError
+
+from culm.clock import Clock, SystemClock
+from culm.errors import Bug, CulmError, Unavailable
+from culm.settings import DatabaseSettings
+from shard.statements import STATEMENTS, Statement, flatten
+
+Pool = Literal["claim", "write", "read"]
+Row = tuple[Any, ...]
+T = TypeVar("T")
+
+RETRIED: Final = frozenset({1020, 1205, 1213})
+"""Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
+LOST: Final = frozenset(
+    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055}
+)
+"""Server gone, going, read-only or without quorum: reconnect, 503."""
+FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
+"""Disk or table full."""
+DUPLICATE: Final = 1062
+MAX_TRIES: Final = 6
+_SESSION: Final = (
+    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, SESSION time_zone = '+00:00', "
+    "SESSION innodb_lock_wait_timeout = 3, SESSION sql_notes = 0, "
+    "SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO'"
+)
+
+_IN_USE: Final = Gauge("culm_db_pool_in_use", "Connections in use", ["pool"])
+_RETRIES: Final = Counter("culm_db_retries_total", "Transactions run again", ["errno"])
+
+log = logging.getLogger("shard.database")
+
+# MySQL warns of VALUES(col) in an upsert; its successor is not known to MariaDB.
+warnings.filterwarnings("ignore", message="'VALUES function' is deprecated")
+
+
+class DuplicateKeyError(Exception):
+    """A unique key was hit: another transaction was first. Never leaves the shard."""
+
+
+class ChangedUnderfootError(Exception):
+    """What was read is not what is there any more: run the transaction again. Never leaves the shard."""
+
+
+class Transaction:
+    """Statements by name on one connection. Made by Database; see `Database.run`."""
+
+    def __init__(self, connection: "aiomysql.Connection", writer: int, statement_timeout_s: float) -> None:
+        self.writer = writer
+        self._connection = connection
+        self._timeout_s = statement_timeout_s
+        self._statements = STATEMENTS
+
+    def use(self, statements: dict[str, Statement]) -> None:
+        """Speak another file's statements (the audit's)."""
+        self._statements = statements
+
+    async def fetch(self, name: str, *arguments: Any) -> list[Row]:
+        """All rows of a statement."""
+        return (await self._run(self._statements[name].head, arguments))[1]
+
+    async def fetch_rows(self, name: str, rows: Sequence[Sequence[Any]]) -> list[Row]:
+        """All rows of a statement whose repeated part takes one row of arguments each; none for no rows."""
+        if not rows:
+            return []
+        return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[1]
+
+    async def execute(self, name: str, *arguments: Any) -> int:
+        """Run a statement; the number of rows it found or changed."""
+        return (await self._run(self._statements[name].head, arguments))[0]
+
+    async def execute_rows(self, name: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Run a statement with a repeated part for all rows at once; nothing for no rows."""
+        if not rows:
+            return 0
+        return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
+
+    async def execute_text(self, sql: str) -> None:
+        """Run SQL that is not in the file of named blocks: migrations only."""
+        await self._run(sql, ())
+
+    async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
+        async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
+            n_rows = await cursor.execute(sql, arguments or None)
+            rows = list(await cursor.fetchall()) if cursor.description else []
+            return n_rows, rows
+
+
+class Database:
+    """The pools. `connected_since` is the monotonic time of the last change from unreachable to reachable."""
+
+    def __init__(self, settings: DatabaseSettings, *, process: int = 0, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.clock: Clock = clock or SystemClock()
+        self.connected_since = self.clock.monotonic()
+        self.reachable = False
+        first = process * 100
+        n_claim, n_write = settings.claim_connections, settings.write_connections
+        self._pools: dict[Pool, _Pool] = {
+            "claim": _Pool(self, "claim", range(first, first + n_claim)),
+            "write": _Pool(self, "write", range(first + n_claim, first + n_claim + n_write)),
+            "read": _Pool(self, "read", range(settings.read_connections)),
+        }
+
+    async def run(self, pool: Pool, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run `work` in one transaction and commit; again, from the start, on deadlocks and the like.
+
+        `work` must have no effect but its statements. On the `read` pool every statement stands for itself.
+
+        Raises:
+            Unavailable: database_down, database_slow, database_busy, storage_full; after a commit that was cut off
+                the outcome is unknown.
+            DuplicateKeyError: a unique key was hit; nothing was changed.
+            CulmError: whatever `work` raises; nothing was changed.
+
+        Safe to retry: as the use case is.
+        """
+        for attempt in range(1, MAX_TRIES + 1):
+            try:
+                async with self._pools[pool].transaction() as transaction:
+                    return await work(transaction)
+            except ChangedUnderfootError:
+                _RETRIES.labels("changed").inc()
+            except MySQLError as error:
+                number = _errno(error)
+                if number not in RETRIED:
+                    raise self._mapped(error) from error
+                _RETRIES.labels(str(number)).inc()
+            if attempt < MAX_TRIES:
+                # Linear: the rival needs a few milliseconds, and MAX_TRIES bounds it.
+                await asyncio.sleep(0.002 * attempt)
+        raise Unavailable("contended", "the rows are busy", retry_after_s=0.5)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for pool in self._pools.values():
+            pool.close()
+
+    def mark(self, *, reachable: bool) -> None:
+        """Keep `reachable` and `connected_since`."""
+        if reachable and not self.reachable:
+            self.connected_since = self.clock.monotonic()
+        self.reachable = reachable
+
+    def _mapped(self, error: MySQLError) -> CulmError | DuplicateKeyError:
+        number = _errno(error)
+        if number == DUPLICATE:
+            return DuplicateKeyError()
+        if number in LOST:
+            self.mark(reachable=False)
+            return Unavailable("database_down", "the partition's database does not answer")
+        if number in FULL:
+            full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
+            full.http_status = 507
+            return full
+        log.error("database error %s", number, exc_info=error)
+        return Bug(f"database error {number}")
+
+
+class _Pool:
+    """Connections made when needed, at most one per writer number."""
+
+    def __init__(self, database: Database, name: Pool, writers: Sequence[int]) -> None:
+        self.database = database
+        self.name: Pool = name
+        self._free: deque[tuple[int, aiomysql.Connection | None]] = deque((writer, None) for writer in writers)
+        self._slots = asyncio.Semaphore(len(writers))
+        self._gauge = _IN_USE.labels(name)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        settings = self.database.settings
+        try:
+            async with asyncio.timeout(settings.acquire_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise Unavailable("database_busy", f"no {self.name} connection became free in time") from None
+        # The most recently used one first: idle ones stay idle.
+        writer, connection = self._free.pop()
+        keep = False
+        self._gauge.inc()
+        try:
+            if connection is None or connection.closed:
+                connection = await self._connect()
+            yield Transaction(connection, writer, settings.statement_timeout_s)
+            async with asyncio.timeout(settings.statement_timeout_s):
+                await connection.commit()
+            keep = True
+        except TimeoutError:
+            raise Unavailable("database_slow", "the partition's database did not answer in time") from None
+        except (CulmError, ChangedUnderfootError, MySQLError) as error:
+            keep = await self._rolled_back(connection, error)
+            raise
+        finally:
+            if not keep and connection is not None:
+                connection.close()
+            self._free.append((writer, connection if keep else None))
+            self._gauge.dec()
+            self._slots.release()
+
+    async def _rolled_back(self, connection: "aiomysql.Connection | None", error: BaseException) -> bool:
+        if connection is None or (isinstance(error, MySQLError) and _errno(error) in LOST):
+            return False
+        try:
+            async with asyncio.timeout(self.database.settings.statement_timeout_s):
+                await connection.rollback()
+        except (MySQLError, TimeoutError, OSError):
+            return False
+        return True
+
+    async def _connect(self) -> "aiomysql.Connection":
+        try:
+            connection = await connect(self.database.settings, autocommit=self.name == "read")
+        except CulmError:
+            self.database.mark(reachable=False)
+            raise
+        self.database.mark(reachable=True)
+        return connection
+
+    def close(self) -> None:
+        for _, connection in self._free:
+            if connection is not None:
+                connection.close()
+
+
+async def connect(
+    settings: DatabaseSettings, *, autocommit: bool, database: str | None = None
+) -> "aiomysql.Connection":
+    """One connection with our session variables. Raises Unavailable(database_down). Safe to retry: yes."""
+    password = _password(settings)
+    try:
+        async with asyncio.timeout(settings.connect_timeout_s):
+            return await aiomysql.connect(
+                unix_socket=settings.socket or None,
+                host=settings.host or "localhost",
+                port=settings.port,
+                user=settings.user,
+                password=password,
+                db=settings.name if database is None else database,
+                charset="utf8mb4",
+                init_command=_SESSION,
+                autocommit=autocommit,
+                # rowcount is the rows found, not only those changed: guards count what they matched.
+                client_flag=2,
+            )
+    except (MySQLError, OSError, TimeoutError) as error:
+        raise Unavailable("database_down", f"the partition's database is not reachable: {_errno(error)}") from None
+
+
+def _password(settings: DatabaseSettings) -> str:
+    return Path(settings.password_file).read_text(encoding="utf-8").strip() if settings.password_file else ""
+
+
+def _errno(error: BaseException) -> int:
+    number = error.args[0] if error.args else 0
+    return number if isinstance(number, int) else 0

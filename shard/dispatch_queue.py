@@ -1,0 +1,172 @@
+"""The Redis-cached dispatch queue: hints of which jobs are ready, best first. The only module that imports redis.
+
+Nothing here is believed: a hint is verified by the claim in InnoDB. Every failure, time-out, flush or strange value
+ends in `QueueLostError`; dispatch then reads InnoDB until the refill has made the classes whole again.
+"""
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+
+import redis.asyncio as redis
+from prometheus_client import Counter, Gauge
+from redis.commands.core import AsyncScript
+from redis.exceptions import RedisError
+
+from culm.clock import Clock, SystemClock
+from culm.settings import DispatchSettings
+from shard.hints import ClassKey, Hint
+
+_NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+
+_FAILURES: Final = Counter("culm_redis_failures_total", "Calls of the dispatch queue that failed")
+_OPEN: Final = Gauge("culm_redis_breaker_open", "1 while dispatch goes by the database alone")
+
+log = logging.getLogger("shard.dispatch_queue")
+
+
+class QueueLostError(Exception):
+    """The dispatch queue did not answer, or it is not the one that we filled. Never leaves the shard."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """So many jobs, from any of these classes."""
+
+    n_jobs: int
+    keys: tuple[ClassKey, ...]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The hints for each Wanted, in the order of dispatch, and the classes that need a refill."""
+
+    hints: list[list[Hint]]
+    low: list[ClassKey]
+
+
+class DispatchQueue:
+    """One shard's hints. After a failure the breaker keeps us away for `breaker_s`."""
+
+    def __init__(self, shard: str, url: str, settings: DispatchSettings, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.generation = ""
+        self._prefix = f"culm:{shard}:"
+        self._clock: Clock = clock or SystemClock()
+        self._closed_until = 0.0
+        self._redis = redis.Redis.from_url(
+            url, socket_timeout=settings.redis_timeout_s * 4, socket_connect_timeout=settings.redis_timeout_s * 4
+        )
+        self._scripts = {name: self._redis.register_script(text) for name, text in _load_scripts().items()}
+
+    @property
+    def available(self) -> bool:
+        """False while the breaker is open."""
+        return self._clock.monotonic() >= self._closed_until
+
+    async def begin(self) -> bool:
+        """Adopt the stored generation, or make one; True if it is another one than before: all classes need a refill.
+
+        Raises QueueLostError. Safe to retry: yes.
+        """
+        answer: bytes = await self._call("begin", [uuid.uuid4().hex])
+        stored = answer.decode()
+        changed = stored != self.generation
+        self.generation = stored
+        return changed
+
+    async def push(self, hints: Iterable[Hint]) -> None:
+        """Add hints of committed ready rows. Raises QueueLostError. Safe to retry: yes."""
+        arguments: list[Any] = [self.settings.cap]
+        for hint in hints:
+            arguments += (_class(hint.key), hint.ranking, _member(hint.id))
+        if len(arguments) > 1:
+            await self._call("push", arguments)
+
+    async def take(self, wanted: Sequence[Wanted]) -> Taken:
+        """Take the best hints of each group out of the queue. Raises QueueLostError; what was taken then is lost."""
+        arguments: list[Any] = []
+        for group in wanted:
+            arguments += (group.n_jobs, len(group.keys), *map(_class, group.keys))
+        answer = await self._call("take", arguments)
+        hints = [_hints(flat) for flat in answer[1:-1]]
+        return Taken(hints, [key for key in map(_key, answer[-1]) if key])
+
+    async def open_refill(self, key: ClassKey) -> None:
+        """Begin to make a class whole: from now until `close_refill` every push is kept. Raises QueueLostError."""
+        await self._call("open_refill", [_class(key)])
+
+    async def close_refill(self, key: ClassKey, best: Sequence[Hint], *, more: bool) -> None:
+        """End it with the best of InnoDB; `more` if InnoDB holds further ones. Raises QueueLostError."""
+        arguments: list[Any] = [_class(key), int(more)]
+        for hint in best:
+            arguments += (hint.ranking, _member(hint.id))
+        await self._call("close_refill", arguments)
+
+    async def remove(self, hints: Iterable[Hint]) -> None:
+        """Forget hints of jobs that are not ready any more. Raises QueueLostError. Safe to retry: yes."""
+        arguments: list[Any] = []
+        for hint in hints:
+            arguments += (_class(hint.key), _member(hint.id))
+        if arguments:
+            await self._call("remove", arguments)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.aclose()
+
+    async def _call(self, name: str, arguments: list[Any]) -> Any:
+        if not self.available:
+            raise QueueLostError("the breaker is open")
+        script: AsyncScript = self._scripts[name]
+        try:
+            async with asyncio.timeout(self.settings.redis_timeout_s):
+                answer = await script(keys=[self._prefix], args=[self.generation, *arguments])
+        except (RedisError, OSError, TimeoutError, UnicodeDecodeError) as error:
+            _FAILURES.inc()
+            _OPEN.set(1)
+            self.generation = ""
+            self._closed_until = self._clock.monotonic() + self.settings.breaker_s
+            log.warning("dispatch queue: %s failed: %s", name, type(error).__name__)
+            raise QueueLostError(name) from error
+        _OPEN.set(0)
+        if isinstance(answer, list) and answer[0] == -1:
+            self.generation = ""
+            raise QueueLostError("another generation")
+        return answer
+
+
+def _load_scripts() -> dict[str, str]:
+    text = resources.files("shard").joinpath("lua/dispatch_queue.lua").read_text(encoding="utf-8")
+    pieces = _NAME.split(text)
+    bodies = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    common = bodies.pop("common")
+    return {name: common + body for name, body in bodies.items()}
+
+
+def _class(key: ClassKey) -> str:
+    return f"{key.slot}:{key.class_id}"
+
+
+def _member(identifier: int) -> str:
+    return f"{identifier:016d}"
+
+
+def _key(text: bytes) -> ClassKey | None:
+    slot, _, class_id = text.decode(errors="replace").partition(":")
+    return ClassKey(int(slot), int(class_id)) if slot.isdecimal() and class_id.isdecimal() else None
+
+
+def _hints(flat: Sequence[bytes]) -> list[Hint]:
+    """Rubbish is passed over: a hint that cannot be one is worth nothing."""
+    found = []
+    for class_text, ranking, member in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+        key = _key(class_text)
+        if key and member.isdigit():
+            found.append(Hint(int(ranking), int(member), key))
+    return found

@@ -1,0 +1,193 @@
+"""Submit: a shard's part of a call becomes jobs, all of it or nothing.
+
+One key of one owner is one range of ids per slot (invariant I2): a repeat finds its first answer in `submission`,
+also while the first is still under way, for then the insert waits on the unique key and fails.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from culm.errors import ClientFault, Conflict
+from culm.matching import Requirements
+from culm.priorities import default_priority
+from culm.states import Event, State, next_state
+from culm.wire import MAX_PARENT_DEPTH, JobSpec, Principal, ShardSubmit, ShardSubmitAnswer, SlotJobs
+from shard.classes import ClassRegistry
+from shard.database import Database, DuplicateKeyError, Transaction
+from shard.hints import ClassKey, Hint
+from shard.id_blocks import IdBlocks
+from shard.ownership import Ownership
+from shard.transitions import add_to_tallies, lock_slots
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_CANONICAL: Final = msgspec.msgpack.Encoder(order="deterministic")
+_ROWS_PER_STATEMENT: Final = 500
+
+
+@dataclass(frozen=True)
+class _NewJob:
+    id: int
+    spec: JobSpec
+    needs: Requirements
+    class_id: int
+    event: Event
+    state: State
+    priority: int
+    depth: int
+
+    @property
+    def ready(self) -> bool:
+        return self.state is State.ACTIVATED
+
+
+class Intake:
+    """The submit use case. `announce` is called with the hints of the new ready jobs, before the answer."""
+
+    def __init__(
+        self,
+        database: Database,
+        classes: ClassRegistry,
+        ownership: Ownership,
+        announce: Callable[[Sequence[Hint]], Awaitable[None]],
+    ) -> None:
+        self._database = database
+        self._classes = classes
+        self._ownership = ownership
+        self._announce = announce
+        self._ids = IdBlocks(database)
+
+    async def submit(self, call: ShardSubmit) -> ShardSubmitAnswer:
+        """Accept the jobs, or find them accepted.
+
+        Raises:
+            Moved: a slot is not open here.
+            Conflict: key_reused, the key was used for other jobs.
+            ClientFault: unknown_parent, too_deep.
+            Unavailable: as Database.run.
+
+        Safe to retry: yes, by the key.
+        """
+        await self._ownership.require([part.at for part in call.parts])
+        known = await self._database.run("read", lambda tx: self._find(tx, call))
+        if known is not None:
+            return known
+        first_ids = [await self._ids.take(part.at.slot, len(part.specs)) for part in call.parts]
+        try:
+            hints = await self._database.run("write", lambda tx: self._insert(tx, call, first_ids))
+        except DuplicateKeyError:
+            known = await self._database.run("read", lambda tx: self._find(tx, call))
+            if known is None:
+                raise Conflict("key_reused", "another call with this key is under way; repeat this one") from None
+            return known
+        await self._announce(hints)
+        return ShardSubmitAnswer(first_ids=first_ids)
+
+    async def _find(self, tx: Transaction, call: ShardSubmit) -> ShardSubmitAnswer | None:
+        slots = tuple(part.at.slot for part in call.parts)
+        rows = await tx.fetch("find_submissions", call.principal.subject, call.key, slots)
+        if not rows:
+            return None
+        found = {slot: (digest, first_id) for slot, digest, first_id, _ in rows}
+        for part in call.parts:
+            # All parts of a shard were stored together, or none was.
+            if part.at.slot not in found or found[part.at.slot][0] != _digest(call, part):
+                raise Conflict("key_reused", "this idempotency key was used for other jobs")
+        return ShardSubmitAnswer(first_ids=[found[part.at.slot][1] for part in call.parts])
+
+    async def _insert(self, tx: Transaction, call: ShardSubmit, first_ids: list[int]) -> list[Hint]:
+        await lock_slots(tx, [part.at for part in call.parts])
+        owner = call.principal.subject
+        depths = _child_depths(call)
+        serial = int((await tx.fetch("owner_active_jobs", owner))[0][0])
+        submissions, hints = [], []
+        tally: Counter[tuple[int, State]] = Counter()
+        for part, first_id in zip(call.parts, first_ids, strict=True):
+            slot = part.at.slot
+            jobs = [
+                _new_job(call.principal, part, index, (first_id + index, serial + index, depths))
+                for index in range(len(part.specs))
+            ]
+            serial += len(jobs)
+            await self._insert_classes(tx, slot, jobs)
+            await _insert_jobs(tx, call, slot, jobs)
+            submissions.append((slot, owner, call.key, _digest(call, part), first_id, len(jobs)))
+            tally.update((slot, job.state) for job in jobs)
+            hints += [Hint(-job.priority, job.id, ClassKey(slot, job.class_id)) for job in jobs if job.ready]
+        await tx.execute_rows("insert_submissions", sorted(submissions, key=lambda row: row[0]))
+        await add_to_tallies(tx, tally, Counter({owner: sum(tally.values())}))
+        return hints
+
+    async def _insert_classes(self, tx: Transaction, slot: int, jobs: Sequence[_NewJob]) -> None:
+        fresh = {job.class_id: job.needs for job in jobs if not self._classes.knows(ClassKey(slot, job.class_id))}
+        bodies = {class_id: _ENCODER.encode(needs) for class_id, needs in fresh.items()}
+        await tx.execute_rows("insert_classes", [(slot, class_id, body) for class_id, body in sorted(bodies.items())])
+        # Known before the commit does no harm: without an announcement the class is not active.
+        for class_id, body in bodies.items():
+            self._classes.learn(slot, class_id, body)
+
+
+def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int, int, dict[int, int]]) -> _NewJob:
+    identifier, serial, depths = given
+    spec = part.specs[index]
+    needs = Requirements(
+        label=spec.label,
+        vo=principal.vo,
+        cores=spec.cores,
+        memory_mb=spec.memory_mb,
+        disk_mb=spec.disk_mb,
+        walltime_s=spec.walltime_s,
+        release=spec.release,
+        platform=spec.platform,
+        pilot_type=spec.pilot_type,
+        queue=spec.queue,
+    )
+    event = Event.SUBMIT_READY if all(file.ready for file in spec.inputs) else Event.SUBMIT
+    offset = part.offsets[index] if part.offsets else 0
+    priority = default_priority(spec.label, serial=serial, offset=offset) if spec.priority is None else spec.priority
+    depth = 0 if spec.parent_id is None else depths[spec.parent_id]
+    return _NewJob(identifier, spec, needs, needs.class_id(), event, next_state(None, event), priority, depth)
+
+
+async def _insert_jobs(tx: Transaction, call: ShardSubmit, slot: int, jobs: Sequence[_NewJob]) -> None:
+    who = call.principal
+    for start in range(0, len(jobs), _ROWS_PER_STATEMENT):
+        some = jobs[start : start + _ROWS_PER_STATEMENT]
+        await tx.execute_rows("insert_specs", [(job.id, _ENCODER.encode(job.spec)) for job in some])
+        await tx.execute_rows(
+            "insert_jobs",
+            [
+                (
+                    *(job.id, slot, job.class_id, job.state, job.spec.max_attempts, job.priority, call.jobset),
+                    *(job.spec.parent_id, job.depth, who.subject, who.vo, job.spec.working_group, job.spec.label),
+                    *(job.spec.name, job.spec.queue),
+                )
+                for job in some
+            ],
+        )
+        await tx.execute_rows(
+            "insert_events", [(job.id, 1, job.event, None, job.state, 0, who.subject, "") for job in some]
+        )
+        await tx.execute_rows(
+            "insert_ready", [(job.id, slot, job.class_id, -job.priority) for job in some if job.ready]
+        )
+
+
+def _child_depths(call: ShardSubmit) -> dict[int, int]:
+    """The depth of each parent's children; the router asked the parents' shards."""
+    depths = {}
+    for parent in {spec.parent_id for part in call.parts for spec in part.specs if spec.parent_id is not None}:
+        if parent not in call.parent_depths:
+            raise ClientFault("unknown_parent", f"job {parent} is not known", http_status=404)
+        depths[parent] = call.parent_depths[parent] + 1
+        if depths[parent] > MAX_PARENT_DEPTH:
+            raise ClientFault("too_deep", f"job {parent} is {MAX_PARENT_DEPTH} jobs deep already")
+    return depths
+
+
+def _digest(call: ShardSubmit, part: SlotJobs) -> bytes:
+    return hashlib.blake2b(_CANONICAL.encode((call.jobset, part.specs)), digest_size=16).digest()

@@ -1,0 +1,310 @@
+"""What happens to a job after it was granted, or instead: heartbeat, report, cancel, release.
+
+Every write by a pilot names attempt and lease token; what does not match the lease gets 409 and changes nothing
+(invariants I4, I5). A repeated final report is answered from `report`, as the first was.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from culm import access
+from culm.errors import ClientFault, Conflict
+from culm.ids import slot_of
+from culm.settings import Timeouts
+from culm.states import FINAL, LEASED, PILOT_EVENTS, TRANSITIONS, UNREADY, Event, State, next_state
+from culm.wire import (
+    CancelAnswer,
+    CancelledJob,
+    CancelOutcome,
+    HeartbeatAnswer,
+    Principal,
+    ReportAnswer,
+    ReportRequest,
+    ShardCancel,
+    ShardHeartbeat,
+    ShardReport,
+    SlotRef,
+)
+from shard.database import Database, Transaction
+from shard.hints import Hint
+from shard.ownership import Ownership
+from shard.transitions import Change, Job, Lease, apply, lock_jobs, lock_slots
+
+HEARTBEAT_STATES: Final = LEASED - {State.SENT}
+DATA_EVENTS: Final = frozenset(
+    {
+        Event.INPUTS_MISSING,
+        Event.ASSIGN,
+        Event.INPUTS_READY,
+        Event.MOVE_OUTPUTS,
+        Event.MERGE,
+        Event.FINISH,
+        Event.FAIL,
+    }
+)
+"""What the data side may say; it ends only jobs that no worker runs."""
+_AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
+_DATA_MAY_END: Final = UNREADY | _AFTER_WORKER
+_IDS_PER_TRANSACTION: Final = 200
+_ENCODER: Final = msgspec.msgpack.Encoder()
+
+Announce = Callable[[Sequence[Hint]], Awaitable[None]]
+
+
+class Lifecycle:
+    """The use cases of a job's life after its submit."""
+
+    def __init__(self, database: Database, ownership: Ownership, timeouts: Timeouts, announce: Announce) -> None:
+        self._database = database
+        self._ownership = ownership
+        self._timeouts = timeouts
+        self._announce = announce
+
+    async def heartbeat(self, call: ShardHeartbeat) -> HeartbeatAnswer:
+        """Extend the lease; move the state on if the pilot is further.
+
+        Raises:
+            Conflict: lease_lost, this attempt or token holds no lease: end the payload.
+            ClientFault: bad_state, forbidden.
+            Moved, Unavailable: as Database.run.
+
+        Safe to retry: yes.
+        """
+        if call.request.state not in HEARTBEAT_STATES:
+            raise ClientFault("bad_state", f"a heartbeat cannot say {call.request.state}")
+        await self._ownership.require([call.at])
+        return await self._database.run("write", lambda tx: self._heartbeat(tx, call))
+
+    async def report(self, call: ShardReport) -> ReportAnswer:
+        """Store what became of a job.
+
+        Raises:
+            Conflict: lease_lost, stale_attempt, bad_transition.
+            ClientFault: unknown_job, bad_report, forbidden.
+            Moved, Unavailable: as Database.run.
+
+        Safe to retry: yes; the repeat of an accepted report gets its answer.
+        """
+        _check_report(call)
+        await self._ownership.require([call.at])
+        answer, hints = await self._database.run("write", lambda tx: self._report(tx, call))
+        await self._announce(hints)
+        return answer
+
+    async def cancel(self, call: ShardCancel) -> CancelAnswer:
+        """End jobs: at once where no worker runs them, else by telling their pilots. Safe to retry: yes.
+
+        Raises Moved, Unavailable.
+        """
+        await self._ownership.require(call.slots)
+        if call.jobset is None:
+            ended = await self._cancel_ids(call.principal, call.ids)
+            return CancelAnswer(jobs=ended)
+        ended, after = [], 0
+        while True:
+            ids = await self._ids_of_jobset(call.jobset, after)
+            if not ids:
+                return CancelAnswer(jobs=ended)
+            ended += await self._cancel_ids(call.principal, ids)
+            after = ids[-1]
+
+    async def release_request(self, subject: str, request_id: str) -> int:
+        """Give back the jobs that this get_job was granted, unless a sign of life came; how many.
+
+        Raises Moved, Unavailable. Safe to retry: yes.
+        """
+        hints = await self._database.run("write", lambda tx: self._release(tx, subject, request_id))
+        await self._announce(hints)
+        return len(hints)
+
+    def lease_s(self, state: State, lease: Lease) -> float:
+        """How long a job may be silent in a state, seconds."""
+        match state:
+            case State.SENT:
+                return lease.first_s
+            case State.TRANSFERRING:
+                return self._timeouts.transferring_s
+            case State.HOLDING | State.MERGING:
+                return self._timeouts.holding_s
+            case _:
+                return lease.heartbeat_s
+
+    async def _heartbeat(self, tx: Transaction, call: ShardHeartbeat) -> HeartbeatAnswer:
+        await lock_slots(tx, [call.at])
+        request = call.request
+        job, lease = await _lock_leased(tx, call.principal, request.id, (request.attempt, request.lease_token))
+        state = job.state
+        event = PILOT_EVENTS[request.state]
+        # A heartbeat that was overtaken by a later one says nothing new: the state never goes back.
+        if (state, event) in TRANSITIONS:
+            state = next_state(state, event)
+            await apply(tx, [Change(job=job, event=event, actor=call.principal.subject)])
+        lease_s = self.lease_s(state, lease)
+        await tx.execute("extend_lease", lease_s, job.id)
+        command = "cancel" if job.cancel_requested else None
+        return HeartbeatAnswer(state=state, lease_s=lease_s, heartbeat_s=lease.heartbeat_s, command=command)
+
+    async def _report(self, tx: Transaction, call: ShardReport) -> tuple[ReportAnswer, list[Hint]]:
+        await lock_slots(tx, [call.at])
+        if call.request.event is not None:
+            return await self._report_of_data(tx, call)
+        request = call.request
+        first = await _first_answer(tx, request)
+        if first is not None:
+            return first, []
+        job, lease = await _lock_leased(tx, call.principal, request.id, (request.attempt, request.lease_token))
+        event = PILOT_EVENTS[request.state or State.SENT]
+        if event is Event.RELEASE and job.cancel_requested:
+            event = Event.CANCEL
+        if request.state == job.state and job.state in _AFTER_WORKER:
+            return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state), []
+        return await self._make_reported(tx, call, job, (event, lease))
+
+    async def _report_of_data(self, tx: Transaction, call: ShardReport) -> tuple[ReportAnswer, list[Hint]]:
+        request, event = call.request, call.request.event
+        assert event is not None
+        locked = await lock_jobs(tx, [request.id])
+        job = locked.jobs.get(request.id)
+        if job is None:
+            raise _unknown(request.id)
+        if not access.may_speak_for_data(call.principal, job.vo):
+            raise access.forbidden("only the data side (role production) of the job's VO may say this")
+        if any(target is job.state and e is event for (_, e), target in TRANSITIONS.items()):
+            return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state), []
+        if event in (Event.FINISH, Event.FAIL) and job.state not in _DATA_MAY_END:
+            raise Conflict("bad_transition", f"{event} is not the data side's to say for a job that is {job.state}")
+        return await self._make_reported(tx, call, job, (event, locked.leases.get(job.id)))
+
+    async def _make_reported(
+        self, tx: Transaction, call: ShardReport, job: Job, what: tuple[Event, Lease | None]
+    ) -> tuple[ReportAnswer, list[Hint]]:
+        """Make the transition, keep the report if it ends the attempt, else renew the lease."""
+        event, lease = what
+        request = call.request
+        state = next_state(job.state, event)
+        detail = request.error.text if request.error else ""
+        change = Change(job=job, event=event, actor=call.principal.subject, detail=detail, error=request.error)
+        hints = await apply(tx, [change])
+        if state not in LEASED and lease is not None:
+            # In the order of the declared fields; repeats are answered from it.
+            await tx.execute("insert_report", job.id, job.attempt, lease.token, state, _ENCODER.encode(request))
+        elif lease is not None:
+            await tx.execute("extend_lease", self.lease_s(state, lease), job.id)
+        return ReportAnswer(id=job.id, attempt=job.attempt, state=state), hints
+
+    async def _cancel_ids(self, principal: Principal, ids: Sequence[int]) -> list[CancelledJob]:
+        ended: list[CancelledJob] = []
+        for start in range(0, len(ids), _IDS_PER_TRANSACTION):
+            some = list(dict.fromkeys(ids[start : start + _IDS_PER_TRANSACTION]))
+            ended += await self._database.run("write", lambda tx, some=some: self._cancel(tx, principal, some))
+        return ended
+
+    async def _cancel(self, tx: Transaction, principal: Principal, ids: Sequence[int]) -> list[CancelledJob]:
+        await lock_slots(tx, self._slots_of(ids))
+        locked = await lock_jobs(tx, ids)
+        outcomes = {identifier: _cancel_outcome(principal, locked.jobs.get(identifier)) for identifier in ids}
+        requested = tuple(i for i, outcome in outcomes.items() if outcome == "requested")
+        if requested:
+            await tx.execute("request_cancel", requested)
+        await apply(
+            tx,
+            [
+                Change(job=locked.jobs[i], event=Event.CANCEL, actor=principal.subject)
+                for i, outcome in outcomes.items()
+                if outcome == "cancelled"
+            ],
+        )
+        return [
+            CancelledJob(id=i, outcome=outcome, state=_state_after(outcome, locked.jobs.get(i)))
+            for i, outcome in outcomes.items()
+        ]
+
+    async def _release(self, tx: Transaction, subject: str, request_id: str) -> list[Hint]:
+        ids = [row[0] for row in await tx.fetch("leases_of_request", request_id, subject)]
+        if not ids:
+            return []
+        await lock_slots(tx, self._slots_of(ids))
+        locked = await lock_jobs(tx, ids)
+        changes = [
+            Change(
+                job=job,
+                event=Event.CANCEL if job.cancel_requested else Event.RELEASE,
+                actor=subject,
+                detail=f"the client of request {request_id} was gone",
+            )
+            for job in locked.jobs.values()
+            if job.state is State.SENT
+        ]
+        return await apply(tx, changes)
+
+    async def _ids_of_jobset(self, jobset: int, after: int) -> list[int]:
+        rows = await self._database.run(
+            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, _IDS_PER_TRANSACTION)
+        )
+        return [row[0] for row in rows]
+
+    def _slots_of(self, ids: Sequence[int]) -> list[SlotRef]:
+        """The slots of jobs at the epochs that we know; the lock checks them."""
+        return [SlotRef(slot, self._ownership.open.get(slot, 0)) for slot in {slot_of(i) for i in ids}]
+
+
+async def _lock_leased(
+    tx: Transaction, principal: Principal, identifier: int, held: tuple[int, str]
+) -> tuple[Job, Lease]:
+    """The job and its lease, if this (attempt, token) holds it."""
+    locked = await lock_jobs(tx, [identifier])
+    job, lease = locked.jobs.get(identifier), locked.leases.get(identifier)
+    if job is None:
+        raise _unknown(identifier)
+    if not access.allows_queue(principal, job.queue):
+        raise access.forbidden(f"the token is not scoped for the computing queue {job.queue}")
+    if lease is None or (lease.attempt, lease.token) != held:
+        raise Conflict(
+            "lease_lost",
+            f"attempt {held[0]} of job {identifier} holds no lease",
+            details={"state": job.state, "attempt": job.attempt},
+        )
+    return job, lease
+
+
+async def _first_answer(tx: Transaction, request: ReportRequest) -> ReportAnswer | None:
+    rows = await tx.fetch("find_report", request.id, request.attempt)
+    if not rows:
+        return None
+    token, state = rows[0]
+    if token != request.lease_token:
+        raise Conflict("lease_lost", f"attempt {request.attempt} of job {request.id} was reported by its holder")
+    return ReportAnswer(id=request.id, attempt=request.attempt, state=State(state))
+
+
+def _check_report(call: ShardReport) -> None:
+    request = call.request
+    if (request.state is None) == (request.event is None):
+        raise ClientFault("bad_report", "a report says either a state (pilot) or an event (data side)")
+    if request.event is not None and request.event not in DATA_EVENTS:
+        raise ClientFault("bad_report", f"{request.event} is not an event of the data side")
+    if request.state is not None and (request.state not in PILOT_EVENTS or not request.lease_token):
+        raise ClientFault("bad_report", f"a pilot cannot report {request.state} so, or the lease token is missing")
+
+
+def _cancel_outcome(principal: Principal, job: Job | None) -> CancelOutcome:
+    if job is None:
+        return "not_found"
+    if not access.may_end(principal, owner=job.owner, vo=job.vo, working_group=job.working_group):
+        return "forbidden"
+    if job.state in FINAL:
+        return "already_final"
+    # Where a worker runs it, the pilot is told at its next heartbeat; else nobody needs to be asked.
+    return "requested" if job.state in LEASED - _AFTER_WORKER else "cancelled"
+
+
+def _state_after(outcome: CancelOutcome, job: Job | None) -> State | None:
+    if job is None or outcome == "forbidden":
+        return None
+    return State.CANCELLED if outcome == "cancelled" else job.state
+
+
+def _unknown(identifier: int) -> ClientFault:
+    return ClientFault("unknown_job", f"job {identifier} is not known", http_status=404)

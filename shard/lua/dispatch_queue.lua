@@ -1,0 +1,130 @@
+-- The dispatch queue: a capped cache of the best ready jobs of every requirement class. A hint, never the truth:
+-- it may be lost, flushed, stale or full of rubbish at any time.
+--
+-- Keys, P being the prefix `culm:<shard>:`
+--   P generation        string   made at the first use; missing means that everything here is gone
+--   P floors            hash     field <slot>:<class> -> rank of the worst job that is surely here: what ranks below it
+--                                stays in InnoDB. No field: everything of that class is here.
+--   P ready:<slot>:<class>  sorted set   member <id>, 16 digits; score <ranking>: minus the priority
+--
+-- A floor is written "<ranking>:<id>". ARGV[1] is always the generation that the caller knows; where it is not the
+-- stored one nothing is done and {-1, <stored or ''>} is the answer.
+--
+-- The first line of each function's body is its name: the caller sends the part that it needs after the common head.
+
+-- name: common
+local prefix, known = KEYS[1], ARGV[1]
+local stored = redis.call('GET', prefix .. 'generation') or ''
+local function ready(class) return prefix .. 'ready:' .. class end
+local function ahead(score, id, floor_score, floor_id)
+    return score < floor_score or (score == floor_score and id <= floor_id)
+end
+local function floor_of(class)
+    local floor = redis.call('HGET', prefix .. 'floors', class)
+    if not floor then return nil end
+    local score, id = string.match(floor, '^(-?%d+):(%d+)$')
+    return tonumber(score), id
+end
+
+-- name: begin
+-- ARGV[2]: a new generation. Answers the one that holds now.
+if stored == '' then
+    redis.call('SET', prefix .. 'generation', ARGV[2])
+    return ARGV[2]
+end
+return stored
+
+-- name: push
+-- ARGV[2]: cap; then triples class, ranking, id. What ranks below a class's floor is left to InnoDB.
+if stored == '' or stored ~= known then return {-1, stored} end
+local cap, touched = tonumber(ARGV[2]), {}
+for i = 3, #ARGV, 3 do
+    local class, score, id = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
+    local floor_score, floor_id = floor_of(class)
+    if not floor_score or ahead(score, id, floor_score, floor_id) then
+        redis.call('ZADD', ready(class), score, id)
+        touched[class] = true
+    end
+end
+for class in pairs(touched) do
+    local over = redis.call('ZCARD', ready(class)) - cap
+    if over > 0 then
+        redis.call('ZREMRANGEBYRANK', ready(class), -over, -1)
+        local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')
+        redis.call('HSET', prefix .. 'floors', class, string.format('%d:%s', tonumber(worst[2]), worst[1]))
+    end
+end
+return {0}
+
+-- name: take
+-- ARGV: then per group: how many wanted, how many classes, the classes. Answers {0, per group: a list of
+-- class, ranking, id triples in the order of dispatch}, and last the classes that ran low while a floor holds.
+if stored == '' or stored ~= known then return {-1, stored} end
+local answer, low, i = {0}, {}, 2
+while i <= #ARGV do
+    local wanted, n_classes = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
+    local taken, heads = {}, {}
+    for c = 1, n_classes do
+        local class = ARGV[i + 1 + c]
+        heads[c] = { class = class, list = redis.call('ZRANGE', ready(class), 0, wanted - 1, 'WITHSCORES'), at = 1 }
+    end
+    for _ = 1, wanted do
+        local best
+        for _, head in ipairs(heads) do
+            local id, score = head.list[head.at], tonumber(head.list[head.at + 1])
+            if id and (not best or score < best.score or (score == best.score and id < best.id)) then
+                best = { head = head, id = id, score = score }
+            end
+        end
+        if not best then break end
+        best.head.at = best.head.at + 2
+        taken[#taken + 1] = best.head.class
+        taken[#taken + 1] = string.format('%d', best.score)
+        taken[#taken + 1] = best.id
+    end
+    for _, head in ipairs(heads) do
+        local n_taken = (head.at - 1) / 2
+        if n_taken > 0 then redis.call('ZREMRANGEBYRANK', ready(head.class), 0, n_taken - 1) end
+        -- With a floor the set must never run dry unnoticed: more waits in InnoDB.
+        if redis.call('ZCARD', ready(head.class)) < wanted * 4 and floor_of(head.class) then
+            low[#low + 1] = head.class
+        end
+    end
+    answer[#answer + 1] = taken
+    i = i + 2 + n_classes
+end
+answer[#answer + 1] = low
+return answer
+
+-- name: open_refill
+-- ARGV[2]: class. Until close_refill everything pushed is kept: it may rank above what the refill is about to read.
+if stored == '' or stored ~= known then return {-1, stored} end
+if redis.call('TYPE', prefix .. 'floors').ok ~= 'hash' then redis.call('DEL', prefix .. 'floors') end
+local kind = redis.call('TYPE', ready(ARGV[2])).ok
+if kind ~= 'zset' and kind ~= 'none' then redis.call('DEL', ready(ARGV[2])) end
+redis.call('HDEL', prefix .. 'floors', ARGV[2])
+return {0}
+
+-- name: close_refill
+-- ARGV[2]: class, ARGV[3]: 1 if InnoDB holds more than what follows; then pairs ranking, id: its best, read after
+-- open_refill. Members that rank below the last of these go, for the range between is not known to be whole.
+if stored == '' or stored ~= known then return {-1, stored} end
+local class, more = ARGV[2], ARGV[3] == '1'
+for i = 4, #ARGV, 2 do redis.call('ZADD', ready(class), tonumber(ARGV[i]), ARGV[i + 1]) end
+if more then
+    local score, id = tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
+    redis.call('ZREMRANGEBYSCORE', ready(class), '(' .. score, '+inf')
+    while true do
+        local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')
+        if #worst == 0 or tonumber(worst[2]) < score or worst[1] <= id then break end
+        redis.call('ZREM', ready(class), worst[1])
+    end
+    redis.call('HSET', prefix .. 'floors', class, string.format('%d:%s', score, id))
+end
+return {0}
+
+-- name: remove
+-- ARGV: then pairs class, id: taken by way of InnoDB, their hints are stale.
+if stored == '' or stored ~= known then return {-1, stored} end
+for i = 2, #ARGV, 2 do redis.call('ZREM', ready(ARGV[i]), ARGV[i + 1]) end
+return {0}

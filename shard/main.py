@@ -1,0 +1,117 @@
+"""The shard process: wires the parts, runs the background loops, serves the link until it is told to stop."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from culm import service
+from culm.errors import CulmError
+from culm.link import LinkServer
+from culm.settings import ShardSettings
+from culm.topology import Topology
+from culm.topology_store import TopologyCache
+from shard.classes import ClassRegistry
+from shard.database import Database
+from shard.dispatch import Dispatcher, DispatchParts
+from shard.dispatch_queue import DispatchQueue
+from shard.hints import Hint
+from shard.intake import Intake
+from shard.lifecycle import Lifecycle
+from shard.migrate import migrate
+from shard.ownership import Ownership
+from shard.reaper import Reaper
+from shard.refill import Refill
+from shard.verbs import UseCases, Verbs
+
+START_PAUSE_S = 0.2
+SLOW_TURNS = 60
+"""Old jobs are looked for once in so many turns of the reaper."""
+
+log = logging.getLogger("shard.main")
+
+
+def run(settings: ShardSettings) -> None:
+    """Run the shard until SIGTERM or SIGINT."""
+    service.run(f"shard-{settings.name}", settings.log_level, lambda stop: Shard(settings).serve(stop))
+
+
+class Shard:
+    """The parts of one shard process."""
+
+    def __init__(self, settings: ShardSettings) -> None:
+        self.settings = settings
+        self.topology = TopologyCache(settings.topology_dir, settings.topology_poll_s)
+        self.database = Database(settings.database, process=settings.process)
+        self.classes = ClassRegistry()
+        self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
+        self.ownership = Ownership(settings.name, self.database, self.classes, self._fresh_topology)
+        self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch)
+        self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, self._announce)
+        parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill)
+        self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
+        self.intake = Intake(self.database, self.classes, self.ownership, self._announce)
+        self.reaper = Reaper(self.database, self.ownership, settings.timeouts, self._announce)
+        cases = UseCases(
+            settings.name, self.database, lambda: self.topology.current, self.intake, self.dispatcher, self.lifecycle
+        )
+        self.verbs = Verbs(cases)
+        self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)
+        self._loops = service.Loops()
+        self._started = False
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`; what was begun is ended first."""
+        settings = self.settings
+        async with service.side_http(settings.http, f"shard-{settings.name}", self._missing):
+            if await self._begin(stop):
+                self._start_loops()
+                self.dispatcher.start()
+                await self.link.start(settings.link, settings.link_tls)
+                self._started = True
+                log.info("shard %s serves %d slots", settings.name, len(self.ownership.open))
+                await stop.wait()
+                log.info("stopping")
+                await self.dispatcher.stop()
+                await self.link.stop(settings.stop_s)
+            await self._loops.stop()
+            await self.queue.close()
+            await self.database.close()
+
+    async def _begin(self, stop: asyncio.Event) -> bool:
+        """Wait for the database, bring its schema up to date, take over what it holds; False if told to stop."""
+        while not stop.is_set():
+            try:
+                await migrate(self.settings.database)
+                await self.ownership.adopt()
+                await self.refill.load()
+            except CulmError as error:
+                if not error.retryable:
+                    raise
+                log.warning("not ready: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(START_PAUSE_S):
+                        await stop.wait()
+            else:
+                return True
+        return False
+
+    def _start_loops(self) -> None:
+        dispatch = self.settings.dispatch
+        self._loops.every(self.settings.topology_poll_s, "ownership", self.ownership.adopt)
+        self._loops.every(0.01, "refill", self.refill.turn)
+        self._loops.every(dispatch.sweep_interval_s, "sweep", self.refill.sweep)
+        self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
+        self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
+
+    async def _announce(self, hints: Sequence[Hint]) -> None:
+        await self.dispatcher.announce(hints)
+
+    def _fresh_topology(self) -> Topology:
+        self.topology.refresh_if_changed()
+        return self.topology.current
+
+    async def _missing(self) -> str:
+        if not self._started:
+            return "starting"
+        return "" if self.database.reachable else "database"

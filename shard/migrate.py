@@ -1,0 +1,74 @@
+"""The schema of a partition: numbered files, applied once each, in order, under a lock.
+
+`schema_version` keeps number and checksum; a file that was changed after it was applied is refused.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable
+from importlib import resources
+from typing import Final
+
+from culm.errors import Bug, Unavailable
+from culm.settings import DatabaseSettings
+from shard.database import connect
+
+LOCK_TIMEOUT_S: Final = 30
+
+_NAME: Final = re.compile(r"^(\d{4})_\w+\.sql$")
+_DATABASE_NAME: Final = re.compile(r"^\w{1,64}$")
+
+log = logging.getLogger("shard.migrate")
+
+
+async def migrate(settings: DatabaseSettings) -> int:
+    """Make the database if it is missing and bring its schema up to date; the version it has now.
+
+    Raises Unavailable(database_down, migration_busy), Bug for a changed migration. Safe to retry: yes.
+    """
+    if not _DATABASE_NAME.match(settings.name):
+        raise Bug(f"{settings.name!r} cannot be the name of a database")
+    connection = await connect(settings, autocommit=True, database="")
+    try:
+        async with connection.cursor() as cursor:
+            # The name was checked above; identifiers cannot be parameters.
+            await cursor.execute(
+                f"CREATE DATABASE IF NOT EXISTS `{settings.name}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+            )
+            await cursor.execute(f"USE `{settings.name}`")
+            await cursor.execute("SELECT GET_LOCK(%s, %s)", (f"culm.migrate.{settings.name}", LOCK_TIMEOUT_S))
+            if (await cursor.fetchone())[0] != 1:
+                raise Unavailable("migration_busy", "another process migrates this database")
+            await cursor.execute(
+                "CREATE TABLE IF NOT EXISTS schema_version (version INT UNSIGNED NOT NULL PRIMARY KEY, "
+                "checksum CHAR(64) NOT NULL, applied_at DATETIME(6) NOT NULL) ENGINE = InnoDB"
+            )
+            await cursor.execute("SELECT version, checksum FROM schema_version")
+            applied = dict(await cursor.fetchall())
+            for version, text in _migrations():
+                checksum = hashlib.sha256(text.encode()).hexdigest()
+                if version not in applied:
+                    for statement in _statements(text):
+                        await cursor.execute(statement)
+                    await cursor.execute(
+                        "INSERT INTO schema_version VALUES (%s, %s, UTC_TIMESTAMP(6))", (version, checksum)
+                    )
+                    log.info("schema version %d applied to %s", version, settings.name)
+                elif applied[version] != checksum:
+                    raise Bug(f"migration {version} is not the one that was applied to {settings.name}")
+            return max((version for version, _ in _migrations()), default=0)
+    finally:
+        connection.close()
+
+
+def _migrations() -> list[tuple[int, str]]:
+    folder = resources.files("shard").joinpath("sql/migrations")
+    found = [(match, file) for file in folder.iterdir() if (match := _NAME.match(file.name))]
+    return sorted((int(match[1]), file.read_text(encoding="utf-8")) for match, file in found)
+
+
+def _statements(text: str) -> Iterable[str]:
+    """The statements of a file; comments are whole lines, a semicolon ends a statement at the end of a line."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("--")]
+    return [part for part in re.split(r";\s*$", "\n".join(lines), flags=re.MULTILINE) if part.strip()]

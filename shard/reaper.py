@@ -1,0 +1,146 @@
+"""The reaper: ends what nobody speaks for any more, by the database's clock alone.
+
+After a restart of the shard or its database it waits one grace period, for heartbeats could not come meanwhile.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from prometheus_client import Counter
+
+from culm.clock import Clock, SystemClock
+from culm.ids import id_range, slot_of
+from culm.settings import Timeouts
+from culm.states import UNREADY, Event, State
+from culm.wire import JobError, SlotRef
+from shard.database import Database, Transaction
+from shard.hints import Hint
+from shard.ownership import Ownership
+from shard.transitions import Change, Job, apply, lock_jobs, lock_slots
+
+BATCH: Final = 200
+ACTOR: Final = "reaper"
+
+# Codes of panda-server's jobDispatcher (Watcher): 100 lost heartbeat, 101 recovery failed, 102 no reply to a sent job.
+NO_REPLY: Final = JobError(plane="jobDispatcher", code=102, text="no reply to sent job")
+LOST_HEARTBEAT: Final = JobError(plane="jobDispatcher", code=100, text="lost heartbeat")
+RECOVERY_FAILED: Final = JobError(plane="jobDispatcher", code=101, text="job recovery failed")
+TRANSFER_TIMEOUT: Final = JobError(plane="taskBuffer", code=101, text="transfer timeout")
+_ERRORS: Final = {
+    State.SENT: NO_REPLY,
+    State.STARTING: LOST_HEARTBEAT,
+    State.RUNNING: LOST_HEARTBEAT,
+    State.HOLDING: RECOVERY_FAILED,
+    State.MERGING: RECOVERY_FAILED,
+    State.TRANSFERRING: TRANSFER_TIMEOUT,
+}
+_RETRIED: Final = frozenset({State.SENT, State.STARTING, State.RUNNING})
+
+_EXPIRED: Final = Counter("culm_lease_expired_total", "Leases that ended by the database's clock", ["outcome"])
+
+log = logging.getLogger("shard.reaper")
+
+
+class Reaper:
+    """The background turns that end leases and jobs."""
+
+    def __init__(
+        self,
+        database: Database,
+        ownership: Ownership,
+        timeouts: Timeouts,
+        announce: Callable[[Sequence[Hint]], Awaitable[None]],
+        clock: Clock | None = None,
+    ) -> None:
+        self._database = database
+        self._ownership = ownership
+        self._timeouts = timeouts
+        self._announce = announce
+        self._clock: Clock = clock or SystemClock()
+        self._started = self._clock.monotonic()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the grace period after a restart still runs."""
+        since = max(self._started, self._database.connected_since)
+        return self._clock.monotonic() - since < self._timeouts.grace_s
+
+    async def end_leases(self) -> int:
+        """End the leases that have expired; how many. Raises Unavailable. Safe to retry: yes."""
+        # Read first: this is also what notices that the database was away.
+        ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
+        n_ended = 0
+        while ids and not self.waits:
+            hints, n_changed = await self._database.run("write", lambda tx, ids=ids: self._end_leases(tx, ids))
+            await self._announce(hints)
+            n_ended += n_changed
+            if n_changed < BATCH:
+                break
+            ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
+        return n_ended
+
+    async def close_old(self) -> int:
+        """Close jobs that nobody took, or whose inputs never came, in time; how many. Raises Unavailable."""
+        n_closed = 0
+        if self.waits:
+            return 0
+        for slot, epoch in list(self._ownership.open.items()):
+            first, last = id_range(slot)
+            old = [
+                row[0]
+                for row in await self._database.run(
+                    "read", lambda tx, f=first, e=last: tx.fetch("old_ready", f, e, BATCH, self._timeouts.activated_s)
+                )
+            ]
+            n_closed += await self._close(SlotRef(slot, epoch), old)
+        rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
+        for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0}:
+            old = [row[0] for row in await self._old_unready(slot)]
+            n_closed += await self._close(SlotRef(slot, self._ownership.open.get(slot, 0)), old)
+        return n_closed
+
+    async def _old_unready(self, slot: int) -> list[tuple[int]]:
+        states = tuple(sorted(UNREADY))
+        rows = await self._database.run(
+            "read",
+            lambda tx: tx.fetch("old_unready", slot, states, *id_range(slot), self._timeouts.unready_s, BATCH),
+        )
+        return [(row[0],) for row in rows]
+
+    async def _close(self, at: SlotRef, ids: Sequence[int]) -> int:
+        if not ids:
+            return 0
+
+        async def work(tx: Transaction) -> int:
+            await lock_slots(tx, [at])
+            locked = await lock_jobs(tx, ids)
+            old = [job for job in locked.jobs.values() if job.state in UNREADY | {State.ACTIVATED}]
+            await apply(tx, [Change(job=job, event=Event.CLOSE, actor=ACTOR, detail="expired") for job in old])
+            return len(old)
+
+        return await self._database.run("write", work)
+
+    async def _end_leases(self, tx: Transaction, ids: Sequence[int]) -> tuple[list[Hint], int]:
+        opened = self._ownership.open
+        here = [identifier for identifier in ids if slot_of(identifier) in opened]
+        if not here:
+            return [], 0
+        await lock_slots(tx, [SlotRef(slot, opened[slot]) for slot in {slot_of(identifier) for identifier in here}])
+        # Again, now locked: a heartbeat may have come since.
+        expired = [row[0] for row in await tx.fetch("lock_expired", tuple(here))]
+        locked = await lock_jobs(tx, expired)
+        changes = [_end(job) for job in locked.jobs.values()]
+        for change in changes:
+            _EXPIRED.labels(change.event).inc()
+        return await apply(tx, changes), len(changes)
+
+
+def _end(job: Job) -> Change:
+    """What becomes of a job whose lease has ended."""
+    error = _ERRORS[job.state]
+    if job.cancel_requested:
+        return Change(job=job, event=Event.CANCEL, actor=ACTOR, detail=error.text)
+    if job.state in _RETRIED and job.lost + 1 < job.max_attempts:
+        return Change(job=job, event=Event.EXPIRE, actor=ACTOR, detail=error.text, lost=job.lost + 1)
+    return Change(job=job, event=Event.LOSE, actor=ACTOR, detail=error.text, lost=job.lost + 1, error=error)

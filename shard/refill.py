@@ -1,0 +1,103 @@
+"""Keeping the dispatch queue whole: which classes may be taken from Redis, and making the others so again.
+
+A class is *dirty* when Redis may lack one of its best jobs: after a start, a flush, a failure, or when its capped
+set ran low. Dispatch reads InnoDB for a dirty class, so a loss costs speed and never order. A refill reads the best
+of the class from InnoDB and puts them back.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+
+from culm.settings import DispatchSettings
+from shard.classes import ClassRegistry
+from shard.database import Database, Row
+from shard.dispatch_queue import DispatchQueue, QueueLostError
+from shard.hints import ClassKey, Hint
+
+SWEPT_PER_TURN = 5
+
+log = logging.getLogger("shard.refill")
+
+
+class Refill:
+    """Dirty classes of one shard process, and the two background turns that mend them."""
+
+    def __init__(
+        self, database: Database, queue: DispatchQueue, classes: ClassRegistry, settings: DispatchSettings
+    ) -> None:
+        self._database = database
+        self._queue = queue
+        self._classes = classes
+        self._settings = settings
+        self._dirty: set[ClassKey] = set()
+        self._wanted = asyncio.Event()
+        self._sweep: deque[ClassKey] = deque()
+
+    def clean(self, keys: Iterable[ClassKey]) -> bool:
+        """Whether all of these may be taken from Redis."""
+        return bool(self._queue.generation) and self._dirty.isdisjoint(keys)
+
+    def mark(self, keys: Iterable[ClassKey]) -> None:
+        """These need a refill."""
+        self._dirty.update(keys)
+        if self._dirty:
+            self._wanted.set()
+
+    def lost(self) -> None:
+        """The queue failed or was flushed: everything needs a refill."""
+        self.mark(self._classes.active())
+        self._wanted.set()
+
+    async def load(self) -> None:
+        """Find the active classes in InnoDB. Raises Unavailable. Safe to retry: yes."""
+        rows = await self._database.run("read", lambda tx: tx.fetch("active_classes"))
+        inactive = {ClassKey(*row) for row in rows} - set(self._classes.active())
+        self._classes.announce(key for key in inactive if self._classes.knows(key))
+        self.mark(inactive)
+
+    async def turn(self) -> None:
+        """Wait until a refill is wanted, then mend what is dirty. Raises Unavailable."""
+        await self._wanted.wait()
+        self._wanted.clear()
+        try:
+            if not self._queue.generation and await self._queue.begin():
+                self._dirty.update(self._classes.active())
+            for key in list(self._dirty):
+                await self._refill(key)
+        except QueueLostError as error:
+            log.info("refill put off: %s", error)
+        finally:
+            if self._dirty or not self._queue.generation:
+                self._wanted.set()
+
+    async def sweep(self) -> None:
+        """Refresh a few active classes, in turn, in case a hint was lost without a trace. Raises Unavailable."""
+        await self.load()
+        if not self._sweep:
+            self._sweep.extend(self._classes.active())
+        self.mark(self._sweep.popleft() for _ in range(min(SWEPT_PER_TURN, len(self._sweep))))
+
+    async def _refill(self, key: ClassKey) -> None:
+        generation, cap = self._queue.generation, self._settings.cap
+        self._dirty.discard(key)
+        try:
+            await self._queue.open_refill(key)
+            announced = self._classes.announced(key)
+            rows = await self._database.run(
+                "read", lambda tx: tx.fetch_rows("best_ready", [(key.slot, key.class_id, cap + 1)])
+            )
+            if not rows:
+                self._classes.seen_empty(key, announced)
+            best = sorted(map(_hint, rows))
+            await self._queue.close_refill(key, best[:cap], more=len(best) > cap)
+        except BaseException:
+            self._dirty.add(key)
+            raise
+        if self._queue.generation != generation:
+            self._dirty.add(key)
+
+
+def _hint(row: Row) -> Hint:
+    return Hint(row[3], row[0], ClassKey(row[1], row[2]))

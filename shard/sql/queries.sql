@@ -1,0 +1,198 @@
+-- Every statement of the shard. Portable between MariaDB >= 10.6 and MySQL >= 8.0, READ COMMITTED.
+-- Lock order, everywhere: slot (shared), ready, lease, job.
+
+-- ---- ownership
+
+-- The ownership check of every write: it holds back a change of the slot until we commit, and sees every change
+-- that was committed before. (A WHERE EXISTS in the update itself does not hold it back.)
+-- name: lock_open_slots
+SELECT slot, epoch FROM slot WHERE slot IN %s AND state = 'open' LOCK IN SHARE MODE
+
+-- name: read_slots
+SELECT slot, state, epoch FROM slot
+
+-- name: open_slot
+INSERT INTO slot (slot, state, epoch, changed_at) VALUES (%s, 'open', %s, UTC_TIMESTAMP(6))
+ON DUPLICATE KEY UPDATE slot = slot
+
+-- name: change_slot
+UPDATE slot SET state = %s, epoch = %s, changed_at = UTC_TIMESTAMP(6) WHERE slot = %s
+
+-- name: lock_sequence
+SELECT next_seq FROM slot_sequence WHERE slot = %s FOR UPDATE
+
+-- name: begin_sequence
+INSERT INTO slot_sequence (slot, next_seq) VALUES (%s, 1) ON DUPLICATE KEY UPDATE slot = slot
+
+-- name: advance_sequence
+UPDATE slot_sequence SET next_seq = next_seq + %s WHERE slot = %s
+
+-- ---- submit
+
+-- name: find_submissions
+SELECT slot, digest, first_id, n FROM submission WHERE owner = %s AND idem_key = %s AND slot IN %s
+
+-- name: insert_submissions
+INSERT INTO submission (slot, owner, idem_key, digest, first_id, n, at)
+VALUES {, |(%s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))}
+
+-- name: owner_active_jobs
+SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
+
+-- name: insert_specs
+INSERT INTO spec (id, body) VALUES {, |(%s, %s)}
+
+-- name: insert_jobs
+INSERT INTO job (id, slot, class_id, state, version, attempt, lost, max_attempts, priority, jobset, parent_id, depth,
+    owner, vo, working_group, label, name, queue, pilot, host, cancel_requested, created_at, modified_at)
+VALUES {, |(%s, %s, %s, %s, 1, 0, 0, %s, %s, %s, %s, %s,
+    %s, %s, %s, %s, %s, %s, '', '', 0, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))}
+
+-- name: insert_classes
+INSERT INTO requirement_class (slot, class_id, body) VALUES {, |(%s, %s, %s)} ON DUPLICATE KEY UPDATE slot = slot
+
+-- ---- dispatch
+
+-- Live leases of repeated requests.
+-- name: find_answers
+SELECT subject, request_id, id, attempt, token, first_s, heartbeat_s FROM lease
+WHERE request_id IN %s ORDER BY ordinal
+
+-- What was won: a stale hint or a rival's row is simply not in the answer.
+-- name: lock_ready
+SELECT id, slot, class_id, ranking FROM ready WHERE id IN %s FOR UPDATE SKIP LOCKED
+
+-- The best of several classes without Redis, in the order of dispatch; not locking, the caller locks by id.
+-- name: best_ready
+{ UNION ALL |(SELECT id, slot, class_id, ranking FROM ready
+    WHERE slot = %s AND class_id = %s ORDER BY ranking, id LIMIT %s)}
+
+-- name: active_classes
+SELECT DISTINCT slot, class_id FROM ready
+
+-- name: read_classes
+SELECT slot, class_id, body FROM requirement_class WHERE slot IN %s
+
+-- name: read_claimed
+SELECT job.id, job.slot, job.class_id, job.state, job.version, job.attempt, job.lost, job.max_attempts, job.priority,
+    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo, spec.body
+FROM job JOIN spec ON spec.id = job.id WHERE job.id IN %s
+
+-- name: insert_leases
+INSERT INTO lease (id, attempt, token, request_id, ordinal, subject, first_s, heartbeat_s, granted_at, expires_at)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND))}
+
+-- ---- transitions
+
+-- name: lock_ready_of_jobs
+SELECT id FROM ready WHERE id IN %s FOR UPDATE
+
+-- name: lock_leases_of_jobs
+SELECT id, attempt, token, first_s, heartbeat_s FROM lease WHERE id IN %s FOR UPDATE
+
+-- name: lock_jobs
+SELECT id, slot, class_id, state, version, attempt, lost, max_attempts, priority, owner, cancel_requested,
+    queue, pilot, host, vo, working_group FROM job WHERE id IN %s FOR UPDATE
+
+-- The derived table first, so that exactly the named rows are looked up and locked.
+-- name: change_jobs
+UPDATE ({ UNION ALL |SELECT %s AS id, %s AS version, %s AS state, %s AS attempt, %s AS lost, %s AS queue,
+    %s AS pilot, %s AS host, %s AS cancel_requested, %s AS error_plane, %s AS error_code, %s AS error_text})
+    AS changed STRAIGHT_JOIN job ON job.id = changed.id AND job.version = changed.version - 1
+SET job.version = changed.version, job.state = changed.state, job.attempt = changed.attempt, job.lost = changed.lost,
+    job.queue = changed.queue, job.pilot = changed.pilot, job.host = changed.host,
+    job.cancel_requested = changed.cancel_requested, job.error_plane = changed.error_plane,
+    job.error_code = changed.error_code, job.error_text = changed.error_text, job.modified_at = UTC_TIMESTAMP(6)
+
+-- name: insert_events
+INSERT INTO job_event (id, n, at, event, source, target, attempt, actor, detail)
+VALUES {, |(%s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)}
+
+-- name: insert_ready
+INSERT INTO ready (id, slot, class_id, ranking, queued_at) VALUES {, |(%s, %s, %s, %s, UTC_TIMESTAMP(6))}
+
+-- name: delete_ready
+DELETE FROM ready WHERE id IN %s
+
+-- name: delete_leases
+DELETE FROM lease WHERE id IN %s
+
+-- name: add_to_tally
+INSERT INTO tally (slot, state, writer, n) VALUES {, |(%s, %s, %s, %s)} ON DUPLICATE KEY UPDATE n = n + VALUES(n)
+
+-- name: add_to_owner_tally
+INSERT INTO owner_tally (owner, writer, n) VALUES {, |(%s, %s, %s)} ON DUPLICATE KEY UPDATE n = n + VALUES(n)
+
+-- name: extend_lease
+UPDATE lease SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND) WHERE id = %s
+
+-- ---- report, release, reaper
+
+-- name: find_report
+SELECT token, state FROM report WHERE id = %s AND attempt = %s
+
+-- name: insert_report
+INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
+
+-- name: request_cancel
+UPDATE job SET cancel_requested = 1 WHERE id IN %s
+
+-- name: leases_of_request
+SELECT id FROM lease WHERE request_id = %s AND subject = %s
+
+-- name: expired_leases
+SELECT id FROM lease WHERE expires_at < UTC_TIMESTAMP(6) ORDER BY expires_at LIMIT %s
+
+-- name: lock_expired
+SELECT id, attempt FROM lease WHERE id IN %s AND expires_at < UTC_TIMESTAMP(6) FOR UPDATE SKIP LOCKED
+
+-- The oldest ready jobs of a slot, by id, which is by age.
+-- name: old_ready
+SELECT id FROM (SELECT id, queued_at FROM ready WHERE id BETWEEN %s AND %s ORDER BY id LIMIT %s) AS oldest
+WHERE queued_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND)
+
+-- name: old_unready
+SELECT id FROM job WHERE slot = %s AND state IN %s AND id BETWEEN %s AND %s
+    AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
+
+-- name: jobs_of_jobset
+SELECT id FROM job WHERE jobset = %s AND id > %s ORDER BY id LIMIT %s
+
+-- ---- reads
+
+-- name: read_job
+SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, attempt, max_attempts, jobset,
+    parent_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at),
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', modified_at), pilot, host, cancel_requested,
+    error_plane, error_code, error_text
+FROM job WHERE id = %s
+
+-- name: read_depths
+SELECT id, depth FROM job WHERE id IN %s
+
+-- name: read_spec
+SELECT body FROM spec WHERE id = %s
+
+-- name: read_events
+SELECT n, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), event, source, target, attempt, actor, detail
+FROM job_event WHERE id = %s ORDER BY n LIMIT 1000
+
+-- name: read_reports
+SELECT attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body FROM report WHERE id = %s ORDER BY attempt
+
+-- The filters are switched by their own argument, so that one text serves every combination.
+-- name: list_jobs
+SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, attempt, max_attempts, jobset,
+    parent_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at),
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', modified_at), pilot, host, cancel_requested,
+    error_plane, error_code, error_text
+FROM job
+WHERE id > %s AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = '' OR vo = %s)
+ORDER BY id LIMIT %s
+
+-- name: counts
+SELECT slot, state, SUM(n) FROM tally GROUP BY slot, state
+
+-- name: database_time
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))

@@ -1,0 +1,192 @@
+"""The one place where a job changes its state: row, event, tallies, and the narrow tables, in one transaction.
+
+Invariants kept here: only declared transitions (I7); exactly the activated jobs have a `ready` row and exactly the
+leased ones a `lease` row; one event per transition, numbered without gaps by `job.version`; tallies follow.
+
+The caller holds the locks, in the order slot (shared), ready, lease, job: see `lock_jobs`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from culm.errors import Moved
+from culm.states import FINAL, LEASED, Event, State, next_state
+from culm.wire import JobError, SlotRef
+from shard.database import ChangedUnderfootError, Row, Transaction
+from shard.hints import ClassKey, Hint
+
+MAX_DETAIL_CHARS: Final = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The part of a job's row that transitions need."""
+
+    id: int
+    slot: int
+    class_id: int
+    state: State
+    version: int
+    attempt: int
+    lost: int
+    max_attempts: int
+    priority: int
+    owner: str
+    cancel_requested: bool
+    queue: str
+    pilot: str
+    host: str
+    vo: str = ""
+    working_group: str = ""
+
+    @property
+    def hint(self) -> Hint:
+        """The hint of this job when it is ready."""
+        return Hint(-self.priority, self.id, ClassKey(self.slot, self.class_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The part of a lease's row that transitions need."""
+
+    id: int
+    attempt: int
+    token: str
+    first_s: float
+    heartbeat_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """Jobs that this transaction holds, and the leases of those that have one."""
+
+    jobs: dict[int, Job]
+    leases: dict[int, Lease]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One transition to make. None keeps what the row has."""
+
+    job: Job
+    event: Event
+    actor: str
+    detail: str = ""
+    attempt: int | None = None
+    lost: int | None = None
+    queue: str | None = None
+    pilot: str | None = None
+    host: str | None = None
+    error: JobError | None = None
+
+
+async def lock_slots(tx: Transaction, slots: Iterable[SlotRef]) -> None:
+    """The ownership check (invariant I8): share-locks the slots. Raises Moved where one is not open at that epoch."""
+    wanted = {ref.slot: ref.epoch for ref in slots}
+    opened = {row[0]: row[1] for row in await tx.fetch("lock_open_slots", tuple(wanted))}
+    for slot, epoch in wanted.items():
+        if opened.get(slot) != epoch:
+            raise Moved(slot, opened.get(slot, 0))
+
+
+async def lock_jobs(tx: Transaction, ids: Sequence[int]) -> Locked:
+    """Lock jobs for a transition, whatever state they are in. Unknown ids are missing in the answer.
+
+    Raises ChangedUnderfootError when a job went from one narrow table to another between our locks.
+    """
+    wanted = tuple(ids)
+    if not wanted:
+        return Locked({}, {})
+    ready = {row[0] for row in await tx.fetch("lock_ready_of_jobs", wanted)}
+    leases = {row[0]: Lease(*row) for row in await tx.fetch("lock_leases_of_jobs", wanted)}
+    jobs = {row[0]: job_of(row) for row in await tx.fetch("lock_jobs", wanted)}
+    for job in jobs.values():
+        if (job.state is State.ACTIVATED) != (job.id in ready) or (job.state in LEASED) != (job.id in leases):
+            raise ChangedUnderfootError
+    return Locked(jobs, leases)
+
+
+def job_of(row: Row) -> Job:
+    """A Job from the columns of `lock_jobs`, in its order."""
+    values = list(row)
+    values[3] = State(values[3])
+    values[10] = bool(values[10])
+    return Job(*values)
+
+
+async def apply(tx: Transaction, changes: Sequence[Change]) -> list[Hint]:
+    """Make the transitions; the hints of what became ready, to be announced after the commit.
+
+    Leases are inserted by the claim itself, which alone knows their terms.
+
+    Raises:
+        Conflict: bad_transition.
+        ChangedUnderfootError: a row was not as the caller read it.
+    """
+    if not changes:
+        return []
+    targets = [next_state(change.job.state, change.event) for change in changes]
+    rows = [_row(change, target) for change, target in zip(changes, targets, strict=True)]
+    # The UPDATE finds a row only in its old version and changes `modified_at`: found is changed.
+    if await tx.execute_rows("change_jobs", rows) != len(rows):
+        raise ChangedUnderfootError
+    await tx.execute_rows("insert_events", [_event(c, t) for c, t in zip(changes, targets, strict=True)])
+    await _keep_narrow_tables(tx, changes, targets)
+    tally: Counter[tuple[int, State]] = Counter()
+    owners: Counter[str] = Counter()
+    for change, target in zip(changes, targets, strict=True):
+        tally[change.job.slot, change.job.state] -= 1
+        tally[change.job.slot, target] += 1
+        if target in FINAL:
+            owners[change.job.owner] -= 1
+    await add_to_tallies(tx, tally, owners)
+    return [c.job.hint for c, target in zip(changes, targets, strict=True) if target is State.ACTIVATED]
+
+
+async def add_to_tallies(tx: Transaction, tally: Counter[tuple[int, State]], owners: Counter[str]) -> None:
+    """Keep the counts, in this connection's own rows. Sorted, so that the rows are always locked in one order."""
+    await tx.execute_rows(
+        "add_to_tally", [(slot, state, tx.writer, n) for (slot, state), n in sorted(tally.items()) if n]
+    )
+    await tx.execute_rows("add_to_owner_tally", [(owner, tx.writer, n) for owner, n in sorted(owners.items()) if n])
+
+
+async def _keep_narrow_tables(tx: Transaction, changes: Sequence[Change], targets: Sequence[State]) -> None:
+    pairs = list(zip(changes, targets, strict=True))
+    unready = tuple(c.job.id for c, _ in pairs if c.job.state is State.ACTIVATED)
+    if unready and await tx.execute("delete_ready", unready) != len(unready):
+        raise ChangedUnderfootError
+    unleased = tuple(c.job.id for c, target in pairs if c.job.state in LEASED and target not in LEASED)
+    if unleased and await tx.execute("delete_leases", unleased) != len(unleased):
+        raise ChangedUnderfootError
+    ready = [c.job for c, target in pairs if target is State.ACTIVATED]
+    await tx.execute_rows("insert_ready", [(job.id, job.slot, job.class_id, -job.priority) for job in ready])
+
+
+def _row(change: Change, target: State) -> tuple[object, ...]:
+    job, error = change.job, change.error
+    # A request to cancel ends with the attempt that it was made for.
+    cancel_requested = job.cancel_requested and target in LEASED
+    return (
+        job.id,
+        job.version + 1,
+        target,
+        job.attempt if change.attempt is None else change.attempt,
+        job.lost if change.lost is None else change.lost,
+        job.queue if change.queue is None else change.queue,
+        job.pilot if change.pilot is None else change.pilot,
+        job.host if change.host is None else change.host,
+        int(cancel_requested),
+        error.plane if error else None,
+        error.code if error else None,
+        error.text if error else None,
+    )
+
+
+def _event(change: Change, target: State) -> tuple[object, ...]:
+    job = change.job
+    attempt = job.attempt if change.attempt is None else change.attempt
+    detail = change.detail[:MAX_DETAIL_CHARS]
+    return (job.id, job.version + 1, change.event, job.state, target, attempt, change.actor[:128], detail)

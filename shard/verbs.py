@@ -1,0 +1,105 @@
+"""What a shard answers on the link. Handlers hold no business logic: decode, call one use case, encode."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from culm import telemetry
+from culm.errors import ClientFault, CulmError
+from culm.topology import Topology
+from culm.wire import (
+    ShardCancel,
+    ShardCounts,
+    ShardDepths,
+    ShardGetJob,
+    ShardHeartbeat,
+    ShardJob,
+    ShardJobs,
+    ShardRelease,
+    ShardReleaseAnswer,
+    ShardReport,
+    ShardSubmit,
+)
+from shard import reads
+from shard.database import Database
+from shard.dispatch import Dispatcher
+from shard.intake import Intake
+from shard.lifecycle import Lifecycle
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_GET_JOB: Final = msgspec.msgpack.Decoder(ShardGetJob)
+
+
+@dataclass(frozen=True)
+class UseCases:
+    """The use cases of one shard."""
+
+    name: str
+    database: Database
+    topology: Callable[[], Topology]
+    intake: Intake
+    dispatcher: Dispatcher
+    lifecycle: Lifecycle
+
+
+class Verbs:
+    """The table of verbs; `handle` is the link's handler."""
+
+    def __init__(self, cases: UseCases) -> None:
+        self._cases = cases
+        topology, database = cases.topology, cases.database
+        self._table: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any], Awaitable[msgspec.Struct]]]] = {
+            "submit": _entry(ShardSubmit, cases.intake.submit),
+            "get_job": (_GET_JOB, cases.dispatcher.get_job),
+            "heartbeat": _entry(ShardHeartbeat, cases.lifecycle.heartbeat),
+            "report": _entry(ShardReport, cases.lifecycle.report),
+            "cancel": _entry(ShardCancel, cases.lifecycle.cancel),
+            "release": _entry(ShardRelease, self._release),
+            "job": _entry(ShardJob, lambda call: reads.read_job(database, topology(), call)),
+            "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
+            "counts": _entry(ShardCounts, lambda _: reads.read_counts(database, cases.name)),
+            "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
+        }
+
+    async def handle(self, verb: str, body: bytes, _deadline_s: float) -> bytes:
+        """Answer one call. Raises CulmError."""
+        started = time.perf_counter()
+        outcome = "ok"
+        try:
+            entry = self._table.get(verb)
+            if entry is None:
+                raise ClientFault("unknown_verb", f"{verb!r} is no verb of a shard", http_status=404)
+            decoder, use_case = entry
+            try:
+                call = decoder.decode(body)
+            except msgspec.DecodeError as error:
+                raise ClientFault("bad_message", f"{verb}: {error}") from None
+            return _ENCODER.encode(await use_case(call))
+        except CulmError as error:
+            outcome = error.code
+            raise
+        finally:
+            telemetry.REQUESTS.labels(verb if verb in self._table else "unknown", outcome).observe(
+                time.perf_counter() - started
+            )
+
+    def undelivered(self, verb: str, body: bytes, _answer: bytes) -> None:
+        """An answer that could not be sent: a get_job's jobs go back."""
+        if verb == "get_job":
+            call = _GET_JOB.decode(body)
+            self._cases.dispatcher.hand_back(call.subject, call.request_id)
+
+    async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
+        n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)
+        return ShardReleaseAnswer(n_jobs=n_jobs)
+
+
+def _entry(
+    kind: type[M], use_case: Callable[[M], Awaitable[msgspec.Struct]]
+) -> tuple[msgspec.msgpack.Decoder[Any], Callable[[Any], Awaitable[msgspec.Struct]]]:
+    return msgspec.msgpack.Decoder(kind), use_case
