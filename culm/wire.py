@@ -26,6 +26,8 @@ MAX_BODY_BYTES: Final = 2 << 20
 MAX_FRAME_BYTES: Final = 8 << 20
 MAX_TAIL_CHARS: Final = 8192
 MAX_PARENT_DEPTH: Final = 5
+MAX_USAGE_S: Final = 1e12
+"""MessagePack can carry infinity, which neither JSON nor a database column can."""
 
 JobId = Annotated[int, Meta(ge=1, le=MAX_JOB_ID)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -98,8 +100,8 @@ class JobError(Request, frozen=True, kw_only=True):
 class Usage(Request, frozen=True, kw_only=True):
     """What the payload has used so far."""
 
-    wall_s: Annotated[float, Meta(ge=0)] = 0.0
-    cpu_s: Annotated[float, Meta(ge=0)] = 0.0
+    wall_s: Annotated[float, Meta(ge=0, le=MAX_USAGE_S)] = 0.0
+    cpu_s: Annotated[float, Meta(ge=0, le=MAX_USAGE_S)] = 0.0
     rss_mb: Amount = 0
     disk_mb: Amount = 0
 

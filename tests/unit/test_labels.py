@@ -5,20 +5,8 @@ import pytest
 from culm.labels import ANY, PRODUCTION, allowed_job_labels
 
 JOB_LABELS = [
-    "managed",
-    "test",
-    "prod_test",
-    "user",
-    "panda",
-    "usermerge",
-    "ddm",
-    "software",
-    "install",
-    "regional",
-    "ptest",
-    "rc_test",
-    "rc_test2",
-    "rc_alrb",
+    *("managed", "test", "prod_test", "user", "panda", "usermerge", "ddm", "software", "install", "regional"),
+    *("ptest", "rc_test", "rc_test2", "rc_alrb"),
 ]
 
 # What a pilot of a label takes at a queue that is online, of type unified.
