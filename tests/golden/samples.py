@@ -1,0 +1,253 @@
+"""One full sample of every message: no field left at its default, so that the pinned bytes show all of them."""
+
+from typing import Any, Final
+
+import msgspec
+
+from culm import link, matching, wire
+from culm.states import Event, State
+
+ID: Final = (12_288 << 39) | 7
+JOBSET: Final = (3 << 39) | 1
+TOKEN: Final = "t0k3n"
+
+SPEC = wire.JobSpec(
+    region="US",
+    site="BNL",
+    queue="BNL_ATLAS_1",
+    name="evgen-1",
+    argv=["/bin/echo", "grüß"],
+    shell="echo hi",
+    environment={"A": "1"},
+    label="managed",
+    working_group="higgs",
+    cores=8,
+    memory_mb=16_000,
+    disk_mb=20_000,
+    walltime_s=86_400,
+    release="24.2.1",
+    platform="x86_64-el9",
+    pilot_type="container",
+    priority=900,
+    max_attempts=5,
+    inputs=[wire.InputFile(name="in.root", ready=False)],
+    outputs=["out.root"],
+    parent_id=ID,
+)
+ERROR = wire.JobError(plane="pilot", code=1099, text="lost")
+USAGE = wire.Usage(wall_s=12.5, cpu_s=11.25, rss_mb=512, disk_mb=64)
+PILOT = wire.PilotInfo(id="pilot-1", host="wn1.example.org", type="container", version="0.1.0")
+PRINCIPAL = wire.Principal(
+    role="user",
+    subject="alice",
+    authority="central",
+    vo="atlas",
+    groups=["higgs"],
+    roles=["production", "manager:higgs"],
+    queues=["BNL_*"],
+    vos=["atlas"],
+)
+AT = wire.SlotRef(3, 42)
+ERROR_BODY = wire.ErrorBody(
+    code="shard_down", message="us1 is down", retryable=True, retry_after_s=1.5, details={"shard": "us1"}
+)
+HEARTBEAT = wire.HeartbeatRequest(id=ID, attempt=2, lease_token=TOKEN, state=State.RUNNING, usage=USAGE)
+REPORT = wire.ReportRequest(
+    id=ID,
+    attempt=2,
+    lease_token=TOKEN,
+    state=State.FAILED,
+    event=Event.FAIL,
+    exit_code=-9,
+    error=ERROR,
+    stdout_tail="out",
+    stderr_tail="err",
+    usage=USAGE,
+)
+QUERY = wire.JobsQuery(region="US", site="BNL", state=State.ACTIVATED, owner="alice", jobset=JOBSET, limit=50, after=ID)
+GRANT = wire.Grant(
+    id=ID,
+    attempt=2,
+    lease_token=TOKEN,
+    lease_s=600.0,
+    heartbeat_s=7200.0,
+    jobset=JOBSET,
+    owner="alice",
+    vo="atlas",
+    priority=-12,
+    spec=msgspec.Raw(msgspec.msgpack.encode(SPEC)),
+)
+ROW = wire.JobRow(
+    id=ID,
+    state=State.RUNNING,
+    site="BNL",
+    region="US",
+    queue="BNL_ATLAS_1",
+    name="evgen-1",
+    owner="alice",
+    vo="atlas",
+    working_group="higgs",
+    label="managed",
+    priority=900,
+    attempt=2,
+    max_attempts=5,
+    jobset=JOBSET,
+    parent_id=ID,
+    created_at=1_700_000_000.25,
+    modified_at=1_700_000_001.5,
+    pilot="pilot-1",
+    host="wn1.example.org",
+    cancel_requested=True,
+    error=ERROR,
+)
+EVENT = wire.JobEvent(
+    n=2,
+    at=1_700_000_000.25,
+    event=Event.CLAIM,
+    source=State.ACTIVATED,
+    target=State.SENT,
+    attempt=2,
+    actor="pilot-1",
+    detail="why",
+)
+ATTEMPT = wire.AttemptReport(
+    attempt=2,
+    at=1_700_000_001.5,
+    state=State.FAILED,
+    exit_code=-9,
+    error=ERROR,
+    stdout_tail="out",
+    stderr_tail="err",
+    usage=USAGE,
+)
+REQUIREMENTS = matching.Requirements(
+    label="managed",
+    vo="atlas",
+    cores=8,
+    memory_mb=16_000,
+    disk_mb=20_000,
+    walltime_s=86_400,
+    release="24.2.1",
+    platform="x86_64-el9",
+    pilot_type="container",
+    queue="BNL_ATLAS_1",
+)
+OFFER = matching.Offer(
+    queue="BNL_ATLAS_1",
+    labels=frozenset({"user"}),
+    vos=frozenset({"atlas"}),
+    cores=8,
+    memory_mb=16_000,
+    disk_mb=20_000,
+    walltime_s=86_400,
+    releases=frozenset({"24.2.1"}),
+    platforms=frozenset({"x86_64-el9"}),
+    pilot_type="container",
+)
+
+SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
+    SPEC,
+    ERROR,
+    USAGE,
+    PILOT,
+    PRINCIPAL,
+    AT,
+    ERROR_BODY,
+    HEARTBEAT,
+    REPORT,
+    QUERY,
+    GRANT,
+    ROW,
+    EVENT,
+    ATTEMPT,
+    REQUIREMENTS,
+    OFFER,
+    wire.InputFile(name="in.root", ready=False),
+    wire.SubmitRequest(idempotency_key="k-1", jobs=[SPEC, wire.JobSpec(shell="true")], jobset=JOBSET),
+    wire.ShardOutcome(ok=False, n_jobs=3, error=ERROR_BODY),
+    wire.SubmitAnswer(
+        jobset=JOBSET, ids=[ID, None], shards={"us1": wire.ShardOutcome(ok=False, n_jobs=1, error=ERROR_BODY)}
+    ),
+    wire.GetJobRequest(
+        request_id="r-12345678",
+        queue="BNL_ATLAS_1",
+        pilot=PILOT,
+        label="user",
+        cores=8,
+        memory_mb=16_000,
+        disk_mb=20_000,
+        walltime_s=86_400,
+        n_jobs=4,
+        wait_s=30.0,
+    ),
+    wire.GetJobAnswer(jobs=[GRANT], reason="queue_offline"),
+    wire.HeartbeatAnswer(state=State.RUNNING, lease_s=7200.0, heartbeat_s=7200.0, command="cancel"),
+    wire.ReportAnswer(id=ID, attempt=2, state=State.FAILED),
+    wire.CancelRequest(ids=[ID], jobset=JOBSET),
+    wire.CancelledJob(id=ID, outcome="requested", state=State.RUNNING),
+    wire.CancelAnswer(
+        jobs=[wire.CancelledJob(id=ID, outcome="requested", state=State.RUNNING)], missing_shards=["eu1"]
+    ),
+    wire.JobView(job=ROW, spec=SPEC, history=[EVENT], reports=[ATTEMPT]),
+    wire.JobsAnswer(jobs=[ROW], next=ID, missing_shards=["eu1"]),
+    wire.SlotJobs(at=AT, specs=[SPEC], offsets=[50]),
+    wire.ShardSubmit(
+        principal=PRINCIPAL,
+        key="k-1",
+        jobset=JOBSET,
+        parts=[wire.SlotJobs(at=AT, specs=[SPEC], offsets=[50])],
+        parent_depths={ID: 1},
+    ),
+    wire.ShardSubmitAnswer(first_ids=[ID]),
+    wire.LeaseTimes(first_s=60.0, heartbeat_s=600.0),
+    wire.ShardGetJob(
+        slots=[AT, wire.SlotRef(4, 41)],
+        request_id="r-12345678",
+        subject="pilots-of-bnl",
+        offer=OFFER,
+        pilot=PILOT,
+        lease=wire.LeaseTimes(first_s=60.0, heartbeat_s=600.0),
+        n_jobs=4,
+        wait_s=30.0,
+    ),
+    wire.ShardHeartbeat(at=AT, principal=PRINCIPAL, request=HEARTBEAT),
+    wire.ShardReport(at=AT, principal=PRINCIPAL, request=REPORT),
+    wire.ShardCancel(principal=PRINCIPAL, slots=[AT], ids=[ID], jobset=JOBSET),
+    wire.ShardJob(at=AT, principal=PRINCIPAL, id=ID),
+    wire.ShardJobs(principal=PRINCIPAL, query=QUERY, slots=[3]),
+    wire.ShardDepths(ids=[ID]),
+    wire.ShardDepthsAnswer(depths={ID: 1}),
+    wire.ShardRelease(request_id="r-12345678", subject="pilots-of-bnl"),
+    wire.ShardReleaseAnswer(n_jobs=1),
+    wire.ShardCounts(),
+    wire.SlotCount(slot=3, state=State.ACTIVATED, n_jobs=17),
+    wire.ShardCountsAnswer(
+        shard="us1", at=1_700_000_000.25, counts=[wire.SlotCount(slot=3, state=State.ACTIVATED, n_jobs=17)]
+    ),
+    wire.CountsAnswer(
+        total={"activated": 17},
+        by_region={"US": {"activated": 17}},
+        by_site={"BNL": {"activated": 17}},
+        shards={"us1": 0.25},
+        missing_shards=["eu1"],
+    ),
+    link.Frame(link.Kind.CALL, 9, "get_job", 10_000, b"\x80"),
+)
+
+BY_NAME: Final[dict[str, msgspec.Struct]] = {type(sample).__name__: sample for sample in SAMPLES}
+
+BASES: Final = frozenset({"Request", "Answer"})
+
+
+def message_types() -> set[str]:
+    """Every message that `culm.wire` defines, by name."""
+    found: set[str] = set()
+    for name, value in vars(wire).items():
+        if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == wire.__name__:
+            found.add(name)
+    return found - BASES
+
+
+def plain(sample: Any) -> Any:
+    """A sample as maps, lists and scalars, as any other reader of MessagePack sees it."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(sample))
