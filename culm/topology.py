@@ -212,11 +212,15 @@ def validate(section: Section) -> None:
         _require(1 <= place.epoch <= section.epoch, f"slot {slot} has epoch {place.epoch}, past the section's")
     for slot, user in users.items():
         _require(slot in section.placement, f"slot {slot} of {user} is placed nowhere")
+    for name, region in section.regions.items():
+        _stay_home(section, name, [region.slot])
+    for site in section.sites.values():
+        _stay_home(section, site.region, site.slots)
+    owners: dict[str, str] = {}
     for name, site in section.sites.items():
-        region = section.regions[site.region]
-        for slot in [*site.slots, region.slot] if region.strict else []:
-            shard = section.placement[slot].shard
-            _require(shard in region.shards, f"slot {slot} of {name} is on {shard}, but region {site.region} is strict")
+        for queue in site.queues:
+            other = owners.setdefault(queue, name)
+            _require(other == name, f"computing queue {queue} is named by the sites {other} and {name}")
     _require(
         not section.default_region or section.default_region in section.regions,
         f"the default region {section.default_region} is unknown",
@@ -238,8 +242,8 @@ def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Sect
     that an operator set stays too, unless the registration says otherwise (`Queue.reason` marks it). Pure.
 
     Raises:
-        Conflict: site_in_other_region, queue_of_other_site, or out_of_slots.
-        ClientFault: bad_topology, unknown_region.
+        Conflict: site_in_other_region, queue_of_other_site, out_of_slots, or no_shard (for a region that is new).
+        ClientFault: bad_topology.
     """
     epoch = section.epoch + 1
     sites, placement, regions = dict(section.sites), dict(section.placement), dict(section.regions)
@@ -272,11 +276,17 @@ def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Sect
 
 
 def set_queue(section: Section, queue: str, **changes: object) -> Section:
-    """The section with fields of one computing queue changed, one epoch later. Raises ClientFault(unknown_queue)."""
+    """The section with fields of one computing queue changed, one epoch later.
+
+    Raises:
+        ClientFault: unknown_queue, or bad_queue for a field or a value that a computing queue cannot have.
+    """
     for name, site in section.sites.items():
         if queue in site.queues:
-            described = msgspec.structs.replace(site.queues[queue], **changes)
-            described = msgspec.convert(msgspec.to_builtins(described), Queue)
+            try:
+                described = msgspec.convert(msgspec.to_builtins(site.queues[queue]) | changes, Queue)
+            except msgspec.ValidationError as error:
+                raise ClientFault("bad_queue", f"computing queue {queue}: {error}") from None
             moved = msgspec.structs.replace(site, queues=site.queues | {queue: described})
             changed = msgspec.structs.replace(section, epoch=section.epoch + 1, sites=section.sites | {name: moved})
             validate(changed)
@@ -317,6 +327,14 @@ def _free_slots(section: Section) -> Iterator[int]:
     start = max(section.placement, default=first - 1) + 1
     yield from range(start, last + 1)
     raise Conflict("out_of_slots", f"authority {section.authority} has used up its block of slot numbers")
+
+
+def _stay_home(section: Section, region: str, slots: Iterable[int]) -> None:
+    """The slots of a strict region are on its own shards (invariant I10)."""
+    home = section.regions[region]
+    for slot in slots if home.strict else ():
+        shard = section.placement[slot].shard
+        _require(shard in home.shards, f"slot {slot} is on {shard}, but its region {region} is strict")
 
 
 def _own_slots(users: dict[int, str], slots: Iterable[int], user: str) -> None:
