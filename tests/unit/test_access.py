@@ -1,0 +1,90 @@
+"""Who may do what."""
+
+import pytest
+
+from culm import access
+from culm.errors import ClientFault
+from culm.wire import Principal
+
+
+def user(subject: str = "alice", vo: str = "atlas", roles: tuple[str, ...] = ()) -> Principal:
+    return Principal(role="user", subject=subject, authority="central", vo=vo, roles=list(roles))
+
+
+def pilot(*queues: str) -> Principal:
+    return Principal(role="pilot", subject="p", authority="central", queues=list(queues))
+
+
+ADMIN = Principal(role="admin", subject="root", authority="central")
+
+
+@pytest.mark.parametrize(
+    ("who", "queue", "allowed"),
+    [
+        (pilot("BNL_1"), "BNL_1", True),
+        (pilot("BNL_1"), "BNL_2", False),
+        (pilot("BNL_1"), "BNL_10", False),
+        (pilot("BNL_*"), "BNL_10", True),
+        (pilot("BNL_*"), "BNL", False),
+        (pilot("*"), "anything", True),
+        (pilot(), "BNL_1", False),
+        (pilot("FZK_1", "BNL_1"), "BNL_1", True),
+        (pilot("BNL*1"), "BNL_1", False),
+        (ADMIN, "BNL_1", True),
+        (user(), "BNL_1", False),
+    ],
+)
+def test_a_pilot_asks_for_its_own_queues_only(who: Principal, queue: str, allowed: bool) -> None:
+    assert access.allows_queue(who, queue) is allowed
+
+
+@pytest.mark.parametrize(
+    ("who", "vo", "allowed"),
+    [(user(), "atlas", True), (user(), "charmm", False), (ADMIN, "charmm", True), (pilot("*"), "atlas", False)],
+)
+def test_reading_stays_inside_a_vo(who: Principal, vo: str, allowed: bool) -> None:
+    assert access.may_read(who, vo) is allowed
+
+
+@pytest.mark.parametrize(
+    ("who", "allowed"),
+    [
+        (user("alice"), True),
+        (user("bob"), False),
+        (user("bob", roles=("manager:higgs",)), True),
+        (user("bob", roles=("manager:susy",)), False),
+        (user("bob", roles=("production",)), True),
+        (user("bob", vo="charmm", roles=("production", "manager:higgs")), False),
+        (user("alice", vo="charmm"), False),
+        (ADMIN, True),
+        (pilot("*"), False),
+    ],
+)
+def test_who_may_end_a_job_of_alice_in_the_group_higgs(who: Principal, allowed: bool) -> None:
+    assert access.may_end(who, owner="alice", vo="atlas", working_group="higgs") is allowed
+
+
+def test_a_job_without_a_group_has_no_group_manager() -> None:
+    manager = user("bob", roles=("manager:",))
+    assert not access.may_end(manager, owner="alice", vo="atlas", working_group="")
+
+
+@pytest.mark.parametrize(
+    ("who", "allowed"),
+    [
+        (user(roles=("production",)), True),
+        (user(), False),
+        (user(vo="charmm", roles=("production",)), False),
+        (ADMIN, True),
+        (pilot("*"), False),
+    ],
+)
+def test_the_data_side_is_production_of_the_same_vo(who: Principal, allowed: bool) -> None:
+    assert access.may_speak_for_data(who, "atlas") is allowed
+
+
+def test_a_missing_role_is_403_and_names_both() -> None:
+    access.require_role(ADMIN, "user", "admin")
+    with pytest.raises(ClientFault, match=r"user or admin, the token has pilot") as caught:
+        access.require_role(pilot("*"), "user", "admin")
+    assert (caught.value.code, caught.value.http_status) == ("forbidden", 403)
