@@ -1,16 +1,12 @@
 """The link: framed MessagePack between a router (or the monitor) and a shard, many calls at once on one connection.
 
-A frame is a 4-byte big-endian length and one MessagePack array `[kind, stream, verb, deadline_ms, body]` (trailing
-defaults may be missing). The connecting side sends CALL, CANCEL and PING, the accepting side ANSWER, ERROR and PONG;
-both begin with HELLO. Every CALL gets exactly one ANSWER or ERROR, also after a CANCEL, so that an answer that
-crossed the CANCEL is seen by the caller's side as an orphan and can be given back.
-
-Frames written in one turn of the event loop leave in one write. Bodies are opaque here, see `culm.wire`.
+The frames are those of `culm.frames`. The connecting side sends CALL, CANCEL and PING, the accepting side ANSWER, ERROR
+and PONG; both begin with HELLO. Every CALL gets exactly one ANSWER or ERROR, also after a CANCEL, so that an answer
+that crossed the CANCEL is seen by the caller's side as an orphan and can be given back.
 """
 
 import asyncio
 import contextlib
-import enum
 import itertools
 import logging
 import ssl
@@ -18,172 +14,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
-
 from culm import address
-from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.errors import Bug, ClientFault, CulmError, Unavailable
+from culm.frames import Connection, Frame, Kind, decode_error, encode_error
 from culm.settings import TlsSettings
-from culm.wire import MAX_FRAME_BYTES, ErrorBody
 
-VERSION: Final = 1
 HELLO_TIMEOUT_S: Final = 2.0
 MAX_CALLS_PER_CONNECTION: Final = 16_384
-MAX_UNSENT_BYTES: Final = 64 << 20
 
 log = logging.getLogger("culm.link")
-
-
-class Kind(enum.IntEnum):
-    """What a frame is."""
-
-    CALL = 0
-    ANSWER = 1
-    ERROR = 2
-    CANCEL = 3
-    PING = 4
-    PONG = 5
-    HELLO = 6
-
-
-class Frame(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, forbid_unknown_fields=False):
-    """One frame; `stream` numbers the calls of one connection, in HELLO it is the protocol's version."""
-
-    kind: Kind
-    stream: int
-    verb: str = ""
-    deadline_ms: int = 0
-    body: bytes = b""
-
-
-_ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODER: Final = msgspec.msgpack.Decoder(Frame)
-_ERROR_DECODER: Final = msgspec.msgpack.Decoder(ErrorBody)
-
-
-def encode_frame(frame: Frame) -> bytes:
-    """The bytes on the wire. Raises ClientFault(too_large)."""
-    body = _ENCODER.encode(frame)
-    if len(body) > MAX_FRAME_BYTES:
-        raise ClientFault("too_large", f"a message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}", http_status=413)
-    return len(body).to_bytes(4, "big") + body
-
-
-def error_body(error: CulmError) -> ErrorBody:
-    """What crosses the wire of an error."""
-    return ErrorBody(
-        code=error.code,
-        message=error.message,
-        retryable=error.retryable,
-        retry_after_s=error.retry_after_s,
-        details={**error.details, "status": error.http_status},
-    )
-
-
-def error_from_body(body: ErrorBody) -> CulmError:
-    """The error as the other side raised it, of the kind that its status and code say."""
-    details = dict(body.details)
-    status = details.pop("status", 500)
-    if body.code == "moved":
-        return Moved(int(details.get("slot", -1)), int(details.get("epoch", 0)))
-    if status == 409:
-        return Conflict(body.code, body.message, details=details)
-    if body.retryable:
-        error: CulmError = Unavailable(
-            body.code, body.message, retry_after_s=body.retry_after_s or 1.0, details=details
-        )
-        error.http_status = status
-        return error
-    if 400 <= status < 500:
-        return ClientFault(body.code, body.message, http_status=status, details=details)
-    return Bug(body.message)
-
-
-class _Connection(asyncio.Protocol):
-    """Framing for both sides: reads whole frames, writes once per turn of the loop."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.transport: asyncio.Transport | None = None
-        self.peer = ""
-        self.heard_at = 0.0
-        self._loop = asyncio.get_running_loop()
-        self._received = bytearray()
-        self._unsent: list[bytes] = []
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
-        self.heard_at = self._loop.time()
-        self.send(Frame(Kind.HELLO, VERSION, self.name))
-
-    def data_received(self, data: bytes) -> None:
-        self.heard_at = self._loop.time()
-        received = self._received
-        received += data
-        start = 0
-        while len(received) - start >= 4:
-            size = int.from_bytes(received[start : start + 4], "big")
-            if size > MAX_FRAME_BYTES:
-                self._refuse(f"a frame of {size} bytes")
-                return
-            end = start + 4 + size
-            if len(received) < end:
-                break
-            try:
-                frame = _DECODER.decode(memoryview(received)[start + 4 : end])
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                self._refuse(str(error))
-                return
-            start = end
-            if not self._accept(frame):
-                return
-        if start:
-            del received[:start]
-
-    def send(self, frame: Frame) -> None:
-        """Queue a frame; it leaves at the end of this turn of the loop."""
-        if not self._unsent:
-            self._loop.call_soon(self._flush)
-        self._unsent.append(encode_frame(frame))
-
-    def close(self) -> None:
-        """Flush and end the connection."""
-        self._flush()
-        if self.transport is not None:
-            self.transport.close()
-
-    def _flush(self) -> None:
-        data = b"".join(self._unsent)
-        self._unsent.clear()
-        if not data or self.transport is None or self.transport.is_closing():
-            return
-        self.transport.write(data)
-        if self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            self._refuse("the other side does not read")
-
-    def _accept(self, frame: Frame) -> bool:
-        """Handle one frame; False once the connection was given up."""
-        if not self.peer:
-            if frame.kind is not Kind.HELLO or frame.stream != VERSION:
-                self._refuse(f"{frame.kind.name} {frame.stream} instead of HELLO {VERSION}")
-                return False
-            self.peer = frame.verb or "?"
-            self.ready()
-            return True
-        return self.handle(frame)
-
-    def _refuse(self, why: str) -> None:
-        log.warning("link %s: closed, %s", self.name, why)
-        # The received bytes may be exported by a decoder's memoryview here: drop the buffer, do not resize it.
-        self._received = bytearray()
-        if self.transport is not None:
-            self.transport.abort()
-
-    def ready(self) -> None:
-        """The other side said HELLO."""
-
-    def handle(self, frame: Frame) -> bool:
-        """One frame after HELLO."""
-        raise NotImplementedError
 
 
 # --- the accepting side ----------------------------------------------------------------------------------------------
@@ -233,7 +72,7 @@ class LinkServer:
         return _ServerConnection(self)
 
 
-class _ServerConnection(_Connection):
+class _ServerConnection(Connection):
     def __init__(self, server: LinkServer) -> None:
         super().__init__(server.name)
         self.server = server
@@ -262,17 +101,17 @@ class _ServerConnection(_Connection):
             case Kind.PING:
                 self.send(Frame(Kind.PONG, frame.stream))
             case _:
-                self._refuse(f"{frame.kind.name} is not for this side")
+                self.refuse(f"{frame.kind.name} is not for this side")
                 return False
         return True
 
     def _no_hello(self) -> None:
         if not self.peer:
-            self._refuse("no HELLO in time")
+            self.refuse("no HELLO in time")
 
     def _call(self, frame: Frame) -> None:
         if frame.stream in self.tasks:
-            self._refuse(f"stream {frame.stream} is in use")
+            self.refuse(f"stream {frame.stream} is in use")
             return
         if len(self.tasks) >= MAX_CALLS_PER_CONNECTION:
             self._send_error(frame.stream, Unavailable("overloaded", "too many calls on this link"))
@@ -282,10 +121,7 @@ class _ServerConnection(_Connection):
     async def _run(self, frame: Frame) -> None:
         try:
             answer = await self.server.handler(frame.verb, frame.body, frame.deadline_ms / 1000)
-            if self.transport is None or self.transport.is_closing():
-                self.server.undelivered(frame.verb, frame.body, answer)
-            else:
-                self.send(Frame(Kind.ANSWER, frame.stream, body=answer))
+            self._answer(frame, answer)
         except asyncio.CancelledError:
             # Either the caller's CANCEL, which is owed its one answer, or the connection or the process ends.
             self._send_error(frame.stream, Unavailable("cancelled", "the call was cancelled"))
@@ -297,8 +133,18 @@ class _ServerConnection(_Connection):
         finally:
             self.tasks.pop(frame.stream, None)
 
+    def _answer(self, call: Frame, answer: bytes) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            try:
+                self.send(Frame(Kind.ANSWER, call.stream, body=answer))
+            except ClientFault as error:  # larger than a frame may be
+                self._send_error(call.stream, error)
+            else:
+                return
+        self.server.undelivered(call.verb, call.body, answer)
+
     def _send_error(self, stream: int, error: CulmError) -> None:
-        self.send(Frame(Kind.ERROR, stream, body=_ENCODER.encode(error_body(error))))
+        self.send(Frame(Kind.ERROR, stream, body=encode_error(error)))
 
 
 # --- the connecting side ---------------------------------------------------------------------------------------------
@@ -419,20 +265,25 @@ class LinkClient:
 
     async def _connect(self) -> "_ClientConnection | None":
         loop = asyncio.get_running_loop()
+        connection = _ClientConnection(self.name, self.options.orphan)
+        greeted = False
         try:
             target = address.parse(self.where)
             async with asyncio.timeout(self.options.stall_s):
-                connection = _ClientConnection(self.name, self.options.orphan)
                 if target.kind == "unix":
                     await loop.create_unix_connection(lambda: connection, target.path)
                 else:
                     context = address.client_tls(self.options.tls) if target.kind == "tls" else None
                     await loop.create_connection(lambda: connection, target.host, target.port, ssl=context)
                 await connection.greeted.wait()
+                greeted = True
         except (OSError, TimeoutError, ssl.SSLError, ClientFault) as error:
             log.debug("link to %s: %s", self.name, error)
-            return None
-        return connection
+        finally:
+            # A stopped process still accepts: without this each try would leave an open connection behind.
+            if not greeted and connection.transport is not None:
+                connection.transport.abort()
+        return connection if greeted else None
 
     async def _watch(self, connection: "_ClientConnection") -> None:
         """Ping until the connection is lost, or silent for longer than the stall time after a ping."""
@@ -462,7 +313,7 @@ class LinkClient:
         connection.fail_all(self.name)
 
 
-class _ClientConnection(_Connection):
+class _ClientConnection(Connection):
     def __init__(self, name: str, orphan: Callable[[str, bytes, bytes], None]) -> None:
         super().__init__(name)
         self.calls: dict[int, _Call] = {}
@@ -481,7 +332,7 @@ class _ClientConnection(_Connection):
         if frame.kind is Kind.PONG:
             return True
         if frame.kind not in (Kind.ANSWER, Kind.ERROR):
-            self._refuse(f"{frame.kind.name} is not for this side")
+            self.refuse(f"{frame.kind.name} is not for this side")
             return False
         call = self.calls.pop(frame.stream, None)
         if call is None:
@@ -493,7 +344,7 @@ class _ClientConnection(_Connection):
         elif frame.kind is Kind.ANSWER:
             call.answer.set_result(frame.body)
         else:
-            call.answer.set_exception(error_from_body(_ERROR_DECODER.decode(frame.body)))
+            call.answer.set_exception(decode_error(frame.body))
         return True
 
     def fail_all(self, shard: str) -> None:

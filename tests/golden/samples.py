@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import msgspec
 
-from culm import link, matching, wire
+from culm import frames, matching, wire
 from culm.states import Event, State
 
 ID: Final = (12_288 << 39) | 7
@@ -231,7 +231,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         shards={"us1": 0.25},
         missing_shards=["eu1"],
     ),
-    link.Frame(link.Kind.CALL, 9, "get_job", 10_000, b"\x80"),
+    frames.Frame(frames.Kind.CALL, 9, "get_job", 10_000, b"\x80"),
 )
 
 BY_NAME: Final[dict[str, msgspec.Struct]] = {type(sample).__name__: sample for sample in SAMPLES}

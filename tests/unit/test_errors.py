@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from culm import link, wire
+from culm import frames, wire
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
 
 KINDS = [
@@ -54,7 +54,7 @@ def test_a_bug_has_one_code_for_programs() -> None:
 
 @pytest.mark.parametrize("error", [row[0] for row in KINDS])
 def test_an_error_crosses_the_link_as_what_it_was(error: CulmError) -> None:
-    received = link.error_from_body(link.error_body(error))
+    received = frames.error_from_body(frames.error_body(error))
     assert type(received) is type(error)
     assert received.code == error.code
     assert received.message == error.message
@@ -67,6 +67,6 @@ def test_an_error_crosses_the_link_as_what_it_was(error: CulmError) -> None:
 @given(st.sampled_from([400, 401, 403, 404, 413, 415, 409, 500, 503, 429]), st.booleans())
 def test_no_error_body_of_a_newer_peer_is_unreadable(status: int, retryable: bool) -> None:
     body = wire.ErrorBody(code="new_code", message="m", retryable=retryable, details={"status": status, "more": 1})
-    received = link.error_from_body(body)
+    received = frames.error_from_body(body)
     assert isinstance(received, CulmError)
     assert received.retryable is (retryable and status != 409)

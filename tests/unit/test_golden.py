@@ -7,7 +7,7 @@ import msgpack
 import msgspec
 import pytest
 
-from culm import link
+from culm import frames
 from tests.golden import mint
 from tests.golden.samples import BY_NAME, message_types, plain
 
@@ -46,7 +46,7 @@ def test_what_another_implementation_writes_is_read_by_ours(name: str) -> None:
 
 
 def test_a_frame_is_a_length_and_an_array() -> None:
-    data = link.encode_frame(link.Frame(link.Kind.CALL, 9, "get_job", 10_000, b"\x80"))
+    data = frames.encode_frame(frames.Frame(frames.Kind.CALL, 9, "get_job", 10_000, b"\x80"))
     assert data == bytes.fromhex("00000011950009a7" + b"get_job".hex() + "cd2710c40180")
     size = int.from_bytes(data[:4], "big")
     assert msgpack.unpackb(data[4 : 4 + size]) == [0, 9, "get_job", 10_000, b"\x80"]

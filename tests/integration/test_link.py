@@ -1,0 +1,451 @@
+"""The link over real sockets: many calls at once, hang-ups, rubbish, dead and silent peers, TLS."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.frames import Frame, Kind, encode_frame
+from culm.link import LinkClient, LinkOptions, LinkServer
+from culm.settings import TlsSettings
+from culm.wire import MAX_FRAME_BYTES
+from tests.certificates import authority, certificate
+from tests.waiting import eventually
+
+DEADLINE_S = 5.0
+HELLO = encode_frame(Frame(Kind.HELLO, 1, "test"))
+TLS_PORT = 26_310
+
+
+class Shard:
+    """A real accepting side whose handler is steered by the test."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.cancelled: list[str] = []
+        self.undelivered: list[tuple[str, bytes, bytes]] = []
+        self.gate = asyncio.Event()
+        self.server = LinkServer("us1", self.handle, lambda *call: self.undelivered.append(call))
+
+    async def handle(self, verb: str, body: bytes, deadline_s: float) -> bytes:
+        self.started.append(verb)
+        match verb:
+            case "echo":
+                return body
+            case "deadline":
+                return str(deadline_s).encode()
+            case "wait":
+                try:
+                    await self.gate.wait()
+                except asyncio.CancelledError:
+                    self.cancelled.append(verb)
+                    raise
+                return body
+            case "stubborn":
+                # Its work is done when the CANCEL comes: the answer crosses it.
+                try:
+                    await self.gate.wait()
+                except asyncio.CancelledError:
+                    self.cancelled.append(verb)
+                return b"granted"
+            case "moved":
+                raise Moved(17, 42)
+            case "conflict":
+                raise Conflict("stale_attempt", "attempt 2 is the last", details={"attempt": 2})
+            case "huge":
+                return bytes(MAX_FRAME_BYTES)
+            case _:
+                raise ZeroDivisionError("a fault of ours")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="culm-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+async def shard(folder: Path) -> AsyncIterator[Shard]:
+    peer = Shard()
+    await peer.server.start(f"unix:{folder}/s")
+    yield peer
+    peer.gate.set()
+    await peer.server.stop(1.0)
+
+
+@asynccontextmanager
+async def linked(where: str, options: LinkOptions | None = None) -> AsyncIterator[LinkClient]:
+    client = LinkClient("us1", where, options or LinkOptions())
+    client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+
+
+@pytest.fixture
+async def client(shard: Shard, folder: Path) -> AsyncIterator[LinkClient]:
+    async with linked(f"unix:{folder}/s") as link:
+        assert await link.wait_connected(DEADLINE_S)
+        yield link
+
+
+Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def peer(folder: Path, behave: Peer) -> AsyncIterator[None]:
+    """A listener that is not ours: it does what the test says with each connection, then reads to the end."""
+    ends: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        ends.add(task)
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            await behave(reader, writer)
+            await reader.read()
+        await closed(writer)
+
+    server = await asyncio.start_unix_server(serve, f"{folder}/s")
+    try:
+        yield
+    finally:
+        server.close()
+        await server.wait_closed()
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(*ends)
+
+
+@asynccontextmanager
+async def raw(folder: Path) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to the shard without any of our client's manners."""
+    reader, writer = await asyncio.open_unix_connection(f"{folder}/s")
+    try:
+        yield reader, writer
+    finally:
+        await closed(writer)
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def shown_out(reader: asyncio.StreamReader) -> None:
+    """Read until the other side ends the connection."""
+    async with asyncio.timeout(DEADLINE_S):
+        with suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
+
+
+async def failing(call: Awaitable[bytes]) -> CulmError:
+    with pytest.raises(CulmError) as caught:
+        await call
+    return caught.value
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_call_is_answered(client: LinkClient) -> None:
+    assert await client.call("echo", b"hello", DEADLINE_S) == b"hello"
+    assert await client.call("echo", b"", DEADLINE_S) == b""
+
+
+async def test_a_thousand_calls_at_once_each_get_their_own_answer(client: LinkClient) -> None:
+    answers = await asyncio.gather(*(client.call("echo", str(i).encode(), DEADLINE_S) for i in range(1000)))
+    assert answers == [str(i).encode() for i in range(1000)]
+
+
+async def test_a_slow_call_does_not_hold_up_the_others(client: LinkClient, shard: Shard) -> None:
+    slow = asyncio.create_task(client.call("wait", b"slow", DEADLINE_S))
+    await eventually(lambda: shard.started, DEADLINE_S)
+    assert await client.call("echo", b"fast", DEADLINE_S) == b"fast"
+    assert not slow.done()
+    shard.gate.set()
+    assert await slow == b"slow"
+
+
+async def test_the_deadline_travels(client: LinkClient) -> None:
+    assert await client.call("deadline", b"", 2.5) == b"2.5"
+
+
+async def test_large_bodies_in_both_directions(client: LinkClient) -> None:
+    body = bytes(4 << 20)
+    assert await client.call("echo", body, DEADLINE_S) == body
+
+
+async def test_a_body_beyond_the_limit_never_leaves(client: LinkClient, shard: Shard) -> None:
+    error = await failing(client.call("echo", bytes(MAX_FRAME_BYTES), DEADLINE_S))
+    assert isinstance(error, ClientFault)
+    assert (error.code, error.http_status) == ("too_large", 413)
+    assert shard.started == []
+    assert await client.call("echo", b"still here", DEADLINE_S) == b"still here"
+
+
+async def test_an_answer_beyond_the_limit_is_an_error_and_its_effect_can_be_undone(
+    client: LinkClient, shard: Shard
+) -> None:
+    error = await failing(client.call("huge", b"ask", DEADLINE_S))
+    assert error.code == "too_large"
+    assert [(verb, body) for verb, body, _ in shard.undelivered] == [("huge", b"ask")]
+    assert await client.call("echo", b"still here", DEADLINE_S) == b"still here"
+
+
+@pytest.mark.parametrize(("verb", "kind", "code"), [("moved", Moved, "moved"), ("conflict", Conflict, "stale_attempt")])
+async def test_errors_arrive_as_what_they_were(client: LinkClient, verb: str, kind: type[CulmError], code: str) -> None:
+    error = await failing(client.call(verb, b"", DEADLINE_S))
+    assert type(error) is kind
+    assert error.code == code
+    assert error.details == ({"slot": 17, "epoch": 42} if kind is Moved else {"attempt": 2})
+
+
+async def test_a_fault_of_the_handler_is_a_bug_and_ends_nothing_else(client: LinkClient) -> None:
+    error = await failing(client.call("explode", b"", DEADLINE_S))
+    assert (error.code, error.http_status) == ("internal", 500)
+    assert "ZeroDivisionError" not in error.message
+    assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+
+
+# --- callers that go away -------------------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_caller_cancels_the_shards_work(client: LinkClient, shard: Shard) -> None:
+    call = asyncio.create_task(client.call("wait", b"", DEADLINE_S))
+    await eventually(lambda: shard.started, DEADLINE_S)
+    call.cancel()
+    await eventually(lambda: shard.cancelled == ["wait"], DEADLINE_S)
+    assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+
+
+async def test_past_the_deadline_the_caller_is_told_and_the_shard_too(client: LinkClient, shard: Shard) -> None:
+    error = await failing(client.call("wait", b"", 0.05))
+    assert (error.code, error.retryable, error.details) == ("deadline", True, {"shard": "us1"})
+    await eventually(lambda: shard.cancelled == ["wait"], DEADLINE_S)
+
+
+async def test_an_answer_that_crossed_the_cancel_comes_back_as_an_orphan(shard: Shard, folder: Path) -> None:
+    orphans: list[tuple[str, bytes, bytes]] = []
+    options = LinkOptions(orphan=lambda *call: orphans.append(call))
+    async with linked(f"unix:{folder}/s", options) as client:
+        await client.wait_connected(DEADLINE_S)
+        call = asyncio.create_task(client.call("stubborn", b"ask", DEADLINE_S))
+        await eventually(lambda: shard.started, DEADLINE_S)
+        call.cancel()
+        await eventually(lambda: orphans, DEADLINE_S)
+    assert orphans == [("stubborn", b"ask", b"granted")]
+
+
+async def test_an_answer_for_a_connection_that_is_gone_is_undelivered(shard: Shard, folder: Path) -> None:
+    async with linked(f"unix:{folder}/s") as client:
+        await client.wait_connected(DEADLINE_S)
+        call = asyncio.create_task(client.call("stubborn", b"ask", DEADLINE_S))
+        await eventually(lambda: shard.started, DEADLINE_S)
+    assert (await failing(call)).code == "outcome_unknown"
+    await eventually(lambda: shard.undelivered == [("stubborn", b"ask", b"granted")], DEADLINE_S)
+
+
+async def test_beyond_the_window_nothing_is_sent(shard: Shard, folder: Path) -> None:
+    async with linked(f"unix:{folder}/s", LinkOptions(window=2)) as client:
+        await client.wait_connected(DEADLINE_S)
+        calls = [asyncio.create_task(client.call("wait", b"", DEADLINE_S)) for _ in range(2)]
+        await eventually(lambda: len(shard.started) == 2, DEADLINE_S)
+        assert (await failing(client.call("echo", b"", DEADLINE_S))).code == "overloaded"
+        shard.gate.set()
+        await asyncio.gather(*calls)
+        assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+
+
+# --- shards that go away --------------------------------------------------------------------------------------------
+
+
+async def test_a_shard_that_is_not_there_is_said_at_once(folder: Path) -> None:
+    async with linked(f"unix:{folder}/nobody") as client:
+        error = await failing(client.call("echo", b"", DEADLINE_S))
+        assert (error.code, error.http_status, error.details) == ("shard_down", 503, {"shard": "us1"})
+        assert not client.connected
+
+
+async def test_when_the_shard_dies_the_outcome_is_unknown_and_its_return_is_found(shard: Shard, folder: Path) -> None:
+    async with linked(f"unix:{folder}/s") as client:
+        await client.wait_connected(DEADLINE_S)
+        call = asyncio.create_task(client.call("wait", b"", DEADLINE_S))
+        await eventually(lambda: shard.started, DEADLINE_S)
+        await shard.server.stop(0.0)
+        assert (await failing(call)).code in {"outcome_unknown", "cancelled"}
+        await eventually(lambda: not client.connected, DEADLINE_S)
+        reborn = Shard()
+        await reborn.server.start(f"unix:{folder}/s")
+        assert await client.wait_connected(DEADLINE_S)
+        assert await client.call("echo", b"again", DEADLINE_S) == b"again"
+        await reborn.server.stop(1.0)
+
+
+async def test_a_shard_that_falls_silent_is_taken_for_dead(folder: Path) -> None:
+    """It accepts, greets, and then answers nothing, as a process stopped with SIGSTOP does."""
+
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO)
+
+    async with peer(folder, silent), linked(f"unix:{folder}/s", LinkOptions(stall_s=0.2)) as client:
+        assert await client.wait_connected(DEADLINE_S)
+        began = asyncio.get_running_loop().time()
+        error = await failing(client.call("echo", b"", DEADLINE_S))
+        assert error.code == "outcome_unknown"
+        assert asyncio.get_running_loop().time() - began < 1.0
+
+
+async def test_a_peer_that_never_greets_is_not_connected(folder: Path) -> None:
+    accepted = asyncio.Event()
+
+    async def mute(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        accepted.set()
+
+    async with peer(folder, mute), linked(f"unix:{folder}/s", LinkOptions(stall_s=0.1)) as client:
+        async with asyncio.timeout(DEADLINE_S):
+            await accepted.wait()
+        assert not await client.wait_connected(0.3)
+        assert (await failing(client.call("echo", b"", DEADLINE_S))).code == "shard_down"
+
+
+async def test_stop_lets_calls_under_way_end(shard: Shard, client: LinkClient) -> None:
+    call = asyncio.create_task(client.call("wait", b"last", DEADLINE_S))
+    await eventually(lambda: shard.started, DEADLINE_S)
+    stopping = asyncio.create_task(shard.server.stop(DEADLINE_S))
+    shard.gate.set()
+    assert await call == b"last"
+    await stopping
+
+
+# --- rubbish on the link --------------------------------------------------------------------------------------------
+
+
+def _frame(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+def _array(*values: object) -> bytes:
+    return _frame(msgspec.msgpack.encode(values))
+
+
+RUBBISH: list[tuple[str, bytes]] = [
+    ("http", b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a frame of 4 GB", b"\xff\xff\xff\xff"),
+    ("a frame one too long", (MAX_FRAME_BYTES + 1).to_bytes(4, "big")),
+    ("no MessagePack", HELLO + _frame(b"\xc1\xc1\xc1")),
+    ("bytes after it", HELLO + _frame(msgspec.msgpack.encode([4, 1]) + b"\x00")),
+    ("an empty frame", HELLO + _frame(b"")),
+    ("a map", HELLO + _frame(msgspec.msgpack.encode({"kind": 0}))),
+    ("an unknown kind", HELLO + _array(99, 1)),
+    ("a negative kind", HELLO + _array(-1, 1)),
+    ("text as stream", HELLO + _array(0, "one", "echo", 1, b"")),
+    ("text as body", HELLO + _array(0, 1, "echo", 1, "text")),
+    ("bad UTF-8 as verb", HELLO + _frame(b"\x93\x00\x01\xa2\xff\xfe")),
+    ("a call before HELLO", _array(0, 1, "echo", 1000, b"")),
+    ("another version", _array(6, 2, "router")),
+    ("an answer to the shard", HELLO + _array(1, 1, "", 0, b"")),
+    ("a pong to the shard", HELLO + _array(5, 1)),
+    ("a stream used twice", HELLO + _array(0, 1, "wait", 9000, b"") + _array(0, 1, "wait", 9000, b"")),
+    ("a second HELLO", HELLO + HELLO),
+]
+
+
+@pytest.mark.parametrize("data", [data for _, data in RUBBISH], ids=[name for name, _ in RUBBISH])
+async def test_rubbish_ends_its_own_connection_only(
+    client: LinkClient, folder: Path, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with raw(folder) as (reader, writer):
+        writer.write(data)
+        await shown_out(reader)
+    assert await client.call("echo", b"unharmed", DEADLINE_S) == b"unharmed"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_frames_may_come_byte_by_byte(shard: Shard, folder: Path) -> None:
+    async with raw(folder) as (reader, writer), asyncio.timeout(DEADLINE_S):
+        for byte in HELLO + _array(0, 7, "echo", 9000, b"bit"):
+            writer.write(bytes([byte]))
+            await writer.drain()
+        hello = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+        answer = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+    assert msgspec.msgpack.decode(hello)[:3] == [6, 1, "us1"]
+    assert msgspec.msgpack.decode(answer) == [1, 7, "", 0, b"bit"]
+
+
+async def test_who_never_says_hello_is_shown_out(shard: Shard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("culm.link.HELLO_TIMEOUT_S", 0.05)
+    async with raw(folder) as (reader, _writer):
+        await shown_out(reader)
+    await eventually(lambda: not shard.server.connections, DEADLINE_S)
+
+
+@pytest.mark.parametrize("kind", [Kind.CALL, Kind.CANCEL, Kind.PING])
+async def test_a_router_refuses_what_only_routers_send(folder: Path, kind: Kind) -> None:
+    gone = asyncio.Event()
+
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO + encode_frame(Frame(kind, 1, "echo")))
+        await shown_out(reader)
+        gone.set()
+
+    async with peer(folder, odd), linked(f"unix:{folder}/s"), asyncio.timeout(DEADLINE_S):
+        await gone.wait()
+
+
+async def test_an_error_frame_with_rubbish_inside_ends_the_call(folder: Path) -> None:
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO)
+        await reader.readuntil(b"echo")
+        writer.write(encode_frame(Frame(Kind.ERROR, 1, body=b"\xc1rubbish")))
+
+    async with peer(folder, odd), linked(f"unix:{folder}/s") as client:
+        await client.wait_connected(DEADLINE_S)
+        error = await failing(client.call("echo", b"", DEADLINE_S))
+        assert isinstance(error, Unavailable)
+        assert error.code == "outcome_unknown"
+
+
+# --- between machines -----------------------------------------------------------------------------------------------
+
+
+def _tls(folder: Path, ca: str, name: str) -> TlsSettings:
+    return TlsSettings(
+        ca_file=str(folder / f"{ca}.pem"), cert_file=str(folder / f"{name}.pem"), key_file=str(folder / f"{name}.key")
+    )
+
+
+@pytest.fixture
+def certificates(folder: Path) -> Path:
+    ours, theirs = authority(folder, "ca"), authority(folder, "other")
+    certificate(folder, "shard", ours)
+    certificate(folder, "router", ours)
+    certificate(folder, "stranger", theirs)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ca", "name", "admitted"), [("ca", "router", True), ("ca", "stranger", False), ("other", "router", False)]
+)
+async def test_tls_admits_the_shared_authority_only(certificates: Path, ca: str, name: str, *, admitted: bool) -> None:
+    peer = Shard()
+    where = f"tls:localhost:{TLS_PORT}"
+    await peer.server.start(where, _tls(certificates, "ca", "shard"))
+    async with linked(where, LinkOptions(tls=_tls(certificates, ca, name))) as client:
+        assert await client.wait_connected(DEADLINE_S if admitted else 0.5) is admitted
+        if admitted:
+            assert await client.call("echo", b"sealed", DEADLINE_S) == b"sealed"
+    await peer.server.stop(1.0)
+
+
+async def test_plain_tcp_outside_loopback_never_listens() -> None:
+    with pytest.raises(ClientFault) as caught:
+        await Shard().server.start("tcp:0.0.0.0:26311")
+    assert caught.value.code == "plain_tcp_refused"
