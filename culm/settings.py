@@ -29,17 +29,24 @@ class TlsSettings(Settings, frozen=True, kw_only=True):
     """The link between machines: both sides show a certificate of the shared CA."""
 
     ca_file: Text
+    """PEM of the shared certificate authority."""
     cert_file: Text
+    """PEM of this side's certificate."""
     key_file: Text
+    """PEM of its private key."""
 
 
 class RouterSettings(Settings, frozen=True, kw_only=True):
     """The router: stateless, several worker processes on one port."""
 
     name: Text = "router"
+    """Its name in logs, metrics and on the links."""
     host: Text = "127.0.0.1"
+    """The address to listen on."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 25080
+    """The port to listen on."""
     workers: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Worker processes that share the port."""
     topology_dir: Text
     """The folder of the topology's sections, one file per authority."""
     trusted_keys_dir: Text
@@ -51,27 +58,42 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     link_window: Count = 4096
     """Requests under way on one link; beyond it 503."""
     max_connections: Count = 20_000
+    """Connections of clients per worker process."""
     topology_poll_s: Seconds = 0.5
+    """How often the topology is looked at for a newer epoch."""
     link_tls: TlsSettings | None = None
+    """Certificates of the links between machines; not needed for unix sockets."""
     log_level: Text = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
 
 
 class DatabaseSettings(Settings, frozen=True, kw_only=True):
     """The partition's InnoDB database, reached by unix socket or, with a password file, by TCP."""
 
     socket: str = ""
+    """Path of the server's unix socket; stronger than `host`."""
     host: str = ""
+    """The server's host, where there is no socket."""
     port: int = 3306
+    """The server's port."""
     user: Text = "root"
+    """The database user."""
     password_file: str = ""
+    """A file with the password in its first line."""
     name: Text = "culm"
+    """The schema."""
     claim_connections: Annotated[int, Meta(ge=1, le=16)] = 2
     """Connections that run claim batches; more than two do not help (measured)."""
     write_connections: Annotated[int, Meta(ge=1, le=64)] = 6
+    """Connections for submits, heartbeats, reports and the reaper."""
     read_connections: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Connections for reads; they never hold up a write."""
     connect_timeout_s: Seconds = 2.0
+    """How long a new connection may take."""
     statement_timeout_s: Seconds = 5.0
+    """How long a statement may take; then its connection is closed."""
     acquire_timeout_s: Seconds = 2.0
+    """How long a request waits for a free connection; then 503."""
 
 
 class Timeouts(Settings, frozen=True, kw_only=True):
@@ -84,6 +106,7 @@ class Timeouts(Settings, frozen=True, kw_only=True):
     holding_s: Seconds = 172_800.0
     """`holding` and `merging` until the outputs are accounted for."""
     transferring_s: Seconds = 172_800.0
+    """`transferring` until the outputs have arrived."""
     activated_s: Seconds = 604_800.0
     """`activated` without ever being taken: closed."""
     unready_s: Seconds = 604_800.0
@@ -98,53 +121,75 @@ class DispatchSettings(Settings, frozen=True, kw_only=True):
     cap: Annotated[int, Meta(ge=1, le=100_000)] = 2000
     """Hints kept per requirement class: the best ones."""
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 128
+    """Requests in one claim transaction."""
     max_pending: Count = 20_000
     """get_job requests waiting for a claim; beyond it 503."""
     max_parked: Count = 50_000
     """Long polls parked; beyond it they are answered at once."""
     reap_interval_s: Seconds = 1.0
+    """How often ended leases are looked for."""
     sweep_interval_s: Seconds = 5.0
+    """How often the dispatch queue is compared with the database and topped up."""
     redis_timeout_s: Seconds = 0.15
     """Then the breaker opens and dispatch goes by the database."""
     breaker_s: Seconds = 1.0
+    """How long the breaker stays open before Redis is tried again."""
 
 
 class ShardSettings(Settings, frozen=True, kw_only=True):
     """One shard: the server of one partition."""
 
     name: Text
+    """The shard's name in the topology."""
     process: Annotated[int, Meta(ge=0, le=99)] = 0
     """Number of this process among those that serve the partition."""
     link: Text
     """Where routers connect: `unix:/path`, `tls:host:port`, or on loopback only `tcp:host:port`."""
     link_tls: TlsSettings | None = None
+    """Certificates of the links between machines; not needed for unix sockets."""
     http: Text
     """Where health and metrics are served: `unix:/path` or `tcp:host:port`."""
     topology_dir: Text
+    """The folder of the topology's sections, one file per authority."""
     redis: Text
     """`unix:///path` or `redis://..` of a Valkey or Redis >= 7."""
     database: DatabaseSettings
+    """The partition's database."""
     timeouts: Timeouts = Timeouts()
+    """How long a job may stay silent."""
     dispatch: DispatchSettings = DispatchSettings()
+    """The dispatch queue and the claim batches."""
     topology_poll_s: Seconds = 0.5
+    """How often the topology is looked at for a newer epoch."""
     stop_s: Seconds = 10.0
     """How long a stopping shard may take to answer what it has begun."""
     log_level: Text = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
 
 
 class MonitorSettings(Settings, frozen=True, kw_only=True):
     """The monitor: asks all shards at once."""
 
     name: Text = "monitor"
+    """Its name in logs, metrics and on the links."""
     host: Text = "127.0.0.1"
+    """The address to listen on."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 25081
+    """The port to listen on."""
     topology_dir: Text
+    """The folder of the topology's sections, one file per authority."""
     trusted_keys_dir: Text
+    """Public keys of every authority whose tokens are accepted."""
     shard_deadline_s: Seconds = 0.8
+    """How long a shard may take to answer; later it is named as missing."""
     link_stall_s: Seconds = 1.0
+    """A shard that answers no ping for so long is taken for dead."""
     topology_poll_s: Seconds = 0.5
+    """How often the topology is looked at for a newer epoch."""
     link_tls: TlsSettings | None = None
+    """Certificates of the links between machines; not needed for unix sockets."""
     log_level: Text = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
 
 
 S = TypeVar("S", bound=Settings)
