@@ -1,4 +1,4 @@
-"""Who may do what: pure rules over a verified Principal. Used by the router and, where the job decides, by the shard."""
+"""Who may do what: pure rules over a verified Principal, for the router and, where the job decides, the shard."""
 
 from typing import Final
 

@@ -5,6 +5,7 @@ Every write by a pilot names attempt and lease token; what does not match the le
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -188,7 +189,6 @@ class Lifecycle:
         change = Change(job=job, event=event, actor=call.principal.subject, detail=detail, error=request.error)
         hints = await apply(tx, [change])
         if state not in LEASED and lease is not None:
-            # In the order of the declared fields; repeats are answered from it.
             await tx.execute("insert_report", job.id, job.attempt, lease.token, state, _ENCODER.encode(request))
         elif lease is not None:
             await tx.execute("extend_lease", self.lease_s(state, lease), job.id)
@@ -198,7 +198,7 @@ class Lifecycle:
         ended: list[CancelledJob] = []
         for start in range(0, len(ids), _IDS_PER_TRANSACTION):
             some = list(dict.fromkeys(ids[start : start + _IDS_PER_TRANSACTION]))
-            ended += await self._database.run("write", lambda tx, some=some: self._cancel(tx, principal, some))
+            ended += await self._database.run("write", partial(self._cancel, principal=principal, ids=some))
         return ended
 
     async def _cancel(self, tx: Transaction, principal: Principal, ids: Sequence[int]) -> list[CancelledJob]:

@@ -5,6 +5,7 @@ After a restart of the shard or its database it waits one grace period, for hear
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 from prometheus_client import Counter
@@ -72,7 +73,7 @@ class Reaper:
         ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         n_ended = 0
         while ids and not self.waits:
-            hints, n_changed = await self._database.run("write", lambda tx, ids=ids: self._end_leases(tx, ids))
+            hints, n_changed = await self._database.run("write", partial(self._end_leases, ids=ids))
             await self._announce(hints)
             n_ended += n_changed
             if n_changed < BATCH:
@@ -86,27 +87,27 @@ class Reaper:
         if self.waits:
             return 0
         for slot, epoch in list(self._ownership.open.items()):
-            first, last = id_range(slot)
-            old = [
-                row[0]
-                for row in await self._database.run(
-                    "read", lambda tx, f=first, e=last: tx.fetch("old_ready", f, e, BATCH, self._timeouts.activated_s)
-                )
-            ]
-            n_closed += await self._close(SlotRef(slot, epoch), old)
+            n_closed += await self._close(SlotRef(slot, epoch), await self._old_ready(slot))
         rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
         for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0}:
-            old = [row[0] for row in await self._old_unready(slot)]
-            n_closed += await self._close(SlotRef(slot, self._ownership.open.get(slot, 0)), old)
+            at = SlotRef(slot, self._ownership.open.get(slot, 0))
+            n_closed += await self._close(at, await self._old_unready(slot))
         return n_closed
 
-    async def _old_unready(self, slot: int) -> list[tuple[int]]:
+    async def _old_ready(self, slot: int) -> list[int]:
+        first, last = id_range(slot)
+        rows = await self._database.run(
+            "read", lambda tx: tx.fetch("old_ready", first, last, BATCH, self._timeouts.activated_s)
+        )
+        return [row[0] for row in rows]
+
+    async def _old_unready(self, slot: int) -> list[int]:
         states = tuple(sorted(UNREADY))
         rows = await self._database.run(
             "read",
             lambda tx: tx.fetch("old_unready", slot, states, *id_range(slot), self._timeouts.unready_s, BATCH),
         )
-        return [(row[0],) for row in rows]
+        return [row[0] for row in rows]
 
     async def _close(self, at: SlotRef, ids: Sequence[int]) -> int:
         if not ids:

@@ -104,7 +104,8 @@ service.run("test", "INFO", main)
 def test_a_signal_ends_a_service_in_good_order(folder: Path, number: signal.Signals) -> None:
     up, down = folder / "up", folder / "down"
     process = subprocess.Popen(
-        [sys.executable, "-c", PROCESS, str(up), str(down)], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        [sys.executable, "-c", PROCESS, str(up), str(down)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     try:
         eventually_sync(up.exists, DEADLINE_S)

@@ -1,0 +1,66 @@
+"""The links to all shards, kept in step with the topology."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+from culm.errors import CulmError, Unavailable
+from culm.link import LinkClient, LinkOptions
+from culm.topology import Topology
+
+A = TypeVar("A", bound=msgspec.Struct)
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+
+
+class ShardLinks:
+    """One link per shard of the topology. `orphan` gets answers whose callers are gone."""
+
+    def __init__(self, name: str, topology: Callable[[], Topology], options: LinkOptions) -> None:
+        self._name = name
+        self._topology = topology
+        self._options = options
+        self._links: dict[str, LinkClient] = {}
+
+    async def refresh(self) -> None:
+        """Connect to new shards, leave those that are gone or moved to another address."""
+        shards = self._topology().shards
+        for name, link in list(self._links.items()):
+            if name not in shards or shards[name].link != link.where:
+                await self._links.pop(name).stop()
+        for name, shard in shards.items():
+            if name not in self._links:
+                self._links[name] = LinkClient(name, shard.link, self._options)
+                self._links[name].start()
+
+    async def stop(self) -> None:
+        """End all links."""
+        await asyncio.gather(*(link.stop() for link in self._links.values()))
+
+    async def ask(self, shard: str, verb: str, message: msgspec.Struct, answer: type[A], deadline_s: float) -> A:
+        """One call; its decoded answer. Raises as LinkClient.call, and Unavailable(shard_down) for an unknown shard."""
+        link = self._links.get(shard)
+        if link is None:
+            raise Unavailable("shard_down", f"shard {shard} is not known here yet", details={"shard": shard})
+        body = await link.call(verb, _ENCODER.encode(message), deadline_s)
+        return msgspec.msgpack.decode(body, type=answer)
+
+    async def ask_many(
+        self, calls: Sequence[tuple[str, msgspec.Struct]], verb: str, answer: type[A], deadline_s: float
+    ) -> list[A | CulmError]:
+        """One call to each of several shards at once; per call its answer or its error."""
+
+        async def one(shard: str, message: msgspec.Struct) -> A | CulmError:
+            try:
+                return await self.ask(shard, verb, message, answer, deadline_s)
+            except CulmError as error:
+                return error
+
+        return await asyncio.gather(*(one(shard, message) for shard, message in calls))
+
+    @property
+    def names(self) -> list[str]:
+        """All shards of the topology."""
+        return list(self._topology().shards)

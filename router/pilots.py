@@ -1,0 +1,151 @@
+"""What pilots ask: get_job, heartbeat, report."""
+
+import asyncio
+import logging
+from typing import Final
+
+import msgspec
+
+from culm import access
+from culm.errors import ClientFault, CulmError, Moved
+from culm.ids import slot_of
+from culm.shard_links import ShardLinks
+from culm.topology import Queue, Site, Topology
+from culm.wire import (
+    GetJobAnswer,
+    GetJobRequest,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    Principal,
+    ReportAnswer,
+    ReportRequest,
+    ShardGetJob,
+    ShardHeartbeat,
+    ShardRelease,
+    ShardReleaseAnswer,
+    ShardReport,
+)
+from router.forward import Forward
+from router.resolve import lease_times, offer_of, pilot_slots
+
+RELEASE_DEADLINE_S: Final = 2.0
+_GET_JOB: Final = msgspec.msgpack.Decoder(ShardGetJob)
+_ANSWER: Final = msgspec.msgpack.Decoder(GetJobAnswer)
+
+log = logging.getLogger("router.pilots")
+
+
+async def get_job(forward: Forward, principal: Principal, request: GetJobRequest) -> GetJobAnswer:
+    """Find work for a pilot; none is an answer.
+
+    Raises:
+        ClientFault: unknown_queue, forbidden (the token is not scoped for the computing queue).
+        Unavailable: as the shard says, or shard_down.
+
+    Safe to retry: yes, by the request id.
+    """
+    if not access.allows_queue(principal, request.queue):
+        raise access.forbidden(f"the token is not scoped for the computing queue {request.queue}")
+    try:
+        forward.topology.queue(request.queue)
+    except ClientFault:
+        forward.fresh_topology().queue(request.queue)
+
+    async def attempt(topology: Topology) -> GetJobAnswer:
+        _, site, queue = topology.queue(request.queue)
+        return await _ask_shards(forward, topology, (principal, request), (site, queue))
+
+    return await forward.corrected(attempt)
+
+
+async def heartbeat(forward: Forward, principal: Principal, request: HeartbeatRequest) -> HeartbeatAnswer:
+    """A sign of life. Raises as the shard (Conflict lease_lost, ..). Safe to retry: yes."""
+    access.require_role(principal, "pilot", "admin")
+    return await forward.to_slot(
+        slot_of(request.id),
+        "heartbeat",
+        lambda at: ShardHeartbeat(at=at, principal=principal, request=request),
+        HeartbeatAnswer,
+    )
+
+
+async def report(forward: Forward, principal: Principal, request: ReportRequest) -> ReportAnswer:
+    """What became of a job. Raises as the shard (Conflict lease_lost, ..). Safe to retry: yes."""
+    if request.state is not None:
+        access.require_role(principal, "pilot", "admin")
+    return await forward.to_slot(
+        slot_of(request.id),
+        "report",
+        lambda at: ShardReport(at=at, principal=principal, request=request),
+        ReportAnswer,
+    )
+
+
+class Orphans:
+    """Jobs that were granted to a client that is gone: given back at once, in the background."""
+
+    def __init__(self, links: ShardLinks) -> None:
+        self._links = links
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def unsent(self, shards: list[str], principal: Principal, request: GetJobRequest) -> None:
+        """The answer to a get_job could not be written to its client."""
+        for shard in shards:
+            self._release(shard, request.request_id, principal.subject)
+
+    def crossed(self, shard: str, verb: str, body: bytes, answer: bytes) -> None:
+        """An answer came over the link for a caller that is gone."""
+        if verb == "get_job" and _ANSWER.decode(answer).jobs:
+            call = _GET_JOB.decode(body)
+            self._release(shard, call.request_id, call.subject)
+
+    def _release(self, shard: str, request_id: str, subject: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._ask(shard, request_id, subject))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, shard: str, request_id: str, subject: str) -> None:
+        message = ShardRelease(request_id=request_id, subject=subject)
+        try:
+            await self._links.ask(shard, "release", message, ShardReleaseAnswer, RELEASE_DEADLINE_S)
+        except CulmError as error:
+            # The short first lease will do it.
+            log.warning("could not give back request %s: %s", request_id, error)
+
+
+async def _ask_shards(
+    forward: Forward, topology: Topology, asked: tuple[Principal, GetJobRequest], where: tuple[Site, Queue]
+) -> GetJobAnswer:
+    """Ask the shards of the pilot's slots in turn; only the last one is waited at.
+
+    Usually there is one. A shard that is down does not keep the pilot from the others, unless none has work.
+    """
+    principal, request = asked
+    site, queue = where
+    # The home shard comes last: that is where a pilot waits.
+    shards = list(reversed(pilot_slots(topology, site, request.pilot.id)))
+    failed: CulmError | None = None
+    for number, (shard, slots) in enumerate(shards, start=1):
+        wait_s = request.wait_s if number == len(shards) else 0.0
+        message = ShardGetJob(
+            slots=slots,
+            request_id=request.request_id,
+            subject=principal.subject,
+            offer=offer_of(principal, request, queue),
+            pilot=request.pilot,
+            lease=lease_times(queue),
+            n_jobs=request.n_jobs,
+            wait_s=wait_s,
+        )
+        try:
+            answer = await forward.links.ask(shard, "get_job", message, GetJobAnswer, forward.deadline_s + wait_s)
+        except Moved:
+            raise
+        except CulmError as error:
+            failed = error
+            continue
+        if answer.jobs:
+            return answer
+    if failed is not None:
+        raise failed
+    return GetJobAnswer(reason=f"queue_{queue.status}" if queue.status != "online" else "")

@@ -1,0 +1,110 @@
+"""Submit: cut a call by shard, forward the parts at once, say per shard what became of it."""
+
+from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.ids import slot_of
+from culm.frames import error_body
+from culm.topology import Topology
+from culm.wire import (
+    JobSpec,
+    Principal,
+    ShardDepths,
+    ShardDepthsAnswer,
+    ShardOutcome,
+    ShardSubmit,
+    ShardSubmitAnswer,
+    SubmitAnswer,
+    SubmitRequest,
+)
+from router.forward import Forward
+from router.policy import check_jobs
+from router.resolve import ShardPart, jobset_of, split_by_shard
+
+
+async def submit(forward: Forward, principal: Principal, request: SubmitRequest) -> SubmitAnswer:
+    """Accept a call: atomic per shard, and its repeat completes what a missing shard left open.
+
+    Raises:
+        ClientFault: bad_job, forbidden, unknown_queue, unknown_site, unknown_region, bad_target, unknown_parent.
+        Conflict: key_reused.
+        Unavailable: partial_submit, with the SubmitAnswer so far in details["answer"]; or as the shards say.
+
+    Safe to retry: yes, by the idempotency key.
+    """
+    check_jobs(principal, request.jobs)
+    topology = _knowing(forward, request)
+    depths = await _parent_depths(forward, topology, request.jobs)
+    jobset = request.jobset or jobset_of(principal.subject, request.idempotency_key)
+
+    async def attempt(topology: Topology) -> SubmitAnswer:
+        parts = split_by_shard(topology, request.jobs, request.idempotency_key)
+        calls = [
+            (
+                part.shard,
+                ShardSubmit(
+                    principal=principal,
+                    key=request.idempotency_key,
+                    jobset=jobset,
+                    parts=part.slots,
+                    parent_depths=depths,
+                ),
+            )
+            for part in parts
+        ]
+        answers = await forward.links.ask_many(calls, "submit", ShardSubmitAnswer, forward.deadline_s)
+        return _merge(len(request.jobs), jobset, list(zip(parts, answers, strict=True)))
+
+    return await forward.corrected(attempt)
+
+
+def _knowing(forward: Forward, request: SubmitRequest) -> Topology:
+    """A topology that knows every target, after one look for a newer one."""
+    try:
+        split_by_shard(forward.topology, request.jobs, request.idempotency_key)
+    except ClientFault:
+        fresh = forward.fresh_topology()
+        split_by_shard(fresh, request.jobs, request.idempotency_key)
+    return forward.topology
+
+
+def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnswer | CulmError]]) -> SubmitAnswer:
+    ids: list[int | None] = [None] * n_jobs
+    shards: dict[str, ShardOutcome] = {}
+    errors: list[CulmError] = []
+    for part, answer in done:
+        if isinstance(answer, CulmError):
+            errors.append(answer)
+            shards[part.shard] = ShardOutcome(ok=False, n_jobs=part.n_jobs, error=error_body(answer))
+            continue
+        shards[part.shard] = ShardOutcome(ok=True, n_jobs=part.n_jobs)
+        for places, first_id in zip(part.places, answer.first_ids, strict=True):
+            for offset, place in enumerate(places):
+                ids[place] = first_id + offset
+    answer = SubmitAnswer(jobset=jobset, ids=ids, shards=shards)
+    if not errors:
+        return answer
+    moved = next((error for error in errors if isinstance(error, Moved)), None)
+    if moved is not None:
+        # The parts that were accepted are found again by their key.
+        raise moved
+    if len(errors) == len(done) and (len(done) == 1 or isinstance(errors[0], (ClientFault, Conflict))):
+        raise errors[0]
+    raise Unavailable(
+        "partial_submit",
+        f"{len(errors)} of {len(done)} shards did not accept their part; repeat the call with the same key",
+        retry_after_s=max(error.retry_after_s or 1.0 for error in errors),
+        details={"answer": answer},
+    )
+
+
+async def _parent_depths(forward: Forward, topology: Topology, specs: list[JobSpec]) -> dict[int, int]:
+    """How deep the parents lie: each is asked of its own shard, for a child may live on another."""
+    by_shard: dict[str, list[int]] = {}
+    for parent in {spec.parent_id for spec in specs if spec.parent_id is not None}:
+        by_shard.setdefault(topology.place(slot_of(parent)).shard, []).append(parent)
+    calls = [(shard, ShardDepths(ids=ids)) for shard, ids in by_shard.items()]
+    depths: dict[int, int] = {}
+    for answer in await forward.links.ask_many(calls, "depths", ShardDepthsAnswer, forward.deadline_s):
+        if isinstance(answer, CulmError):
+            raise answer
+        depths |= answer.depths
+    return depths
