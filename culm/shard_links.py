@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -15,11 +17,15 @@ A = TypeVar("A", bound=msgspec.Struct)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
-class ShardLinks:
-    """One link per shard of the topology. `orphan` gets answers whose callers are gone."""
+Orphan = Callable[[str, str, bytes, bytes], None]
+"""(shard, verb, body, answer) of an answer whose caller is gone."""
 
-    def __init__(self, name: str, topology: Callable[[], Topology], options: LinkOptions) -> None:
-        self._name = name
+
+class ShardLinks:
+    """One link per shard of the topology; `on_orphan` gets answers whose callers are gone."""
+
+    def __init__(self, topology: Callable[[], Topology], options: LinkOptions) -> None:
+        self.on_orphan: Orphan = lambda _shard, _verb, _body, _answer: None
         self._topology = topology
         self._options = options
         self._links: dict[str, LinkClient] = {}
@@ -32,7 +38,8 @@ class ShardLinks:
                 await self._links.pop(name).stop()
         for name, shard in shards.items():
             if name not in self._links:
-                self._links[name] = LinkClient(name, shard.link, self._options)
+                options = replace(self._options, orphan=partial(self._orphan, name))
+                self._links[name] = LinkClient(name, shard.link, options)
                 self._links[name].start()
 
     async def stop(self) -> None:
@@ -59,6 +66,9 @@ class ShardLinks:
                 return error
 
         return await asyncio.gather(*(one(shard, message) for shard, message in calls))
+
+    def _orphan(self, shard: str, verb: str, body: bytes, answer: bytes) -> None:
+        self.on_orphan(shard, verb, body, answer)
 
     @property
     def names(self) -> list[str]:

@@ -83,7 +83,8 @@ def target_slot(topology: Topology, spec: JobSpec, key: str) -> int:
 def pilot_slots(topology: Topology, site: Site, pilot_id: str) -> list[tuple[str, list[SlotRef]]]:
     """The slots whose jobs a pilot of this site may take, by shard, its home slot's shard first.
 
-    Home slot, sibling slots, then the region's own slot: jobs pinned to a region only are bound here, at the last moment.
+    Home slot, sibling slots, then the region's own slot: jobs pinned to no more than a region are bound here, as late
+    as can be.
     """
     home = stable_hash(pilot_id) % len(site.slots)
     slots = [*site.slots[home:], *site.slots[:home], topology.region(site.region).slot]

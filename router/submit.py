@@ -1,8 +1,8 @@
 """Submit: cut a call by shard, forward the parts at once, say per shard what became of it."""
 
 from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
-from culm.ids import slot_of
 from culm.frames import error_body
+from culm.ids import slot_of
 from culm.topology import Topology
 from culm.wire import (
     JobSpec,
@@ -79,9 +79,9 @@ def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnsw
         for places, first_id in zip(part.places, answer.first_ids, strict=True):
             for offset, place in enumerate(places):
                 ids[place] = first_id + offset
-    answer = SubmitAnswer(jobset=jobset, ids=ids, shards=shards)
+    merged = SubmitAnswer(jobset=jobset, ids=ids, shards=shards)
     if not errors:
-        return answer
+        return merged
     moved = next((error for error in errors if isinstance(error, Moved)), None)
     if moved is not None:
         # The parts that were accepted are found again by their key.
@@ -92,7 +92,7 @@ def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnsw
         "partial_submit",
         f"{len(errors)} of {len(done)} shards did not accept their part; repeat the call with the same key",
         retry_after_s=max(error.retry_after_s or 1.0 for error in errors),
-        details={"answer": answer},
+        details={"answer": merged},
     )
 
 

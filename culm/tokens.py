@@ -1,0 +1,177 @@
+"""Signed tokens: who asks. JWTs with EdDSA (RFC 8037), one key ring per authority, verified by key id.
+
+A key ring's folder holds `<kid>.key` (private, mode 0600) and, in the folder of trusted keys, `<kid>.pub`. The kid
+begins with the authority's name. Rotation adds a key and keeps the old public one: tokens that are out stay good
+until they expire. Verifiers read the folder again when a kid is new to them, so nothing restarts.
+"""
+
+import os
+import secrets
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from culm.clock import Clock, SystemClock
+from culm.errors import ClientFault
+from culm.wire import Principal
+
+ALGORITHM: Final = "EdDSA"
+AUDIENCE: Final = "culm"
+LEEWAY_S: Final = 30
+MAX_TOKEN_CHARS: Final = 8192
+CACHED: Final = 20_000
+RELOAD_S: Final = 1.0
+"""The folder of keys is looked at no more often, whatever unknown kids are shown."""
+
+
+class KeyRing:
+    """The signing keys of one authority."""
+
+    def __init__(self, folder: Path, trusted: Path, authority: str) -> None:
+        self._folder = folder
+        self._trusted = trusted
+        self.authority = authority
+
+    def ensure(self) -> str:
+        """The kid of the newest key; makes the first one. Safe to retry: yes."""
+        kids = self.kids()
+        return kids[-1] if kids else self.rotate()
+
+    def kids(self) -> list[str]:
+        """All signing keys, oldest first."""
+        return sorted(path.stem for path in self._folder.glob(f"{self.authority}-*.key"))
+
+    def rotate(self) -> str:
+        """Add a key that signs from now on; its kid."""
+        kid = f"{self.authority}-{int(time.time() * 1000):013d}-{secrets.token_hex(3)}"
+        key = Ed25519PrivateKey.generate()
+        for folder in (self._folder, self._trusted):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        # The public part first: a token must never be out before it can be verified.
+        _write_new(self._trusted / f"{kid}.pub", public, 0o644)
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        _write_new(self._folder / f"{kid}.key", private, 0o600)
+        return kid
+
+    def issue(self, principal: Principal, valid_s: float) -> str:
+        """Sign a token for `valid_s` seconds. The principal's authority must be the ring's own."""
+        if principal.authority != self.authority:
+            raise ClientFault("bad_authority", f"this ring signs for {self.authority} only")
+        kid = self.ensure()
+        key = load_pem_private_key((self._folder / f"{kid}.key").read_bytes(), None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ClientFault("bad_key", f"{kid} is no Ed25519 key")
+        claims = {name: value for name, value in msgspec.to_builtins(principal).items() if name != "authority"}
+        now = int(time.time())
+        times = {"iat": now, "exp": int(now + valid_s), "jti": secrets.token_hex(8)}
+        claims["sub"] = claims.pop("subject")
+        return jwt.encode(
+            claims | times | {"aud": AUDIENCE, "iss": principal.authority}, key, ALGORITHM, headers={"kid": kid}
+        )
+
+
+class Verifier:
+    """Checks tokens against the trusted keys; a good one is remembered until it expires."""
+
+    def __init__(self, trusted: str | Path, clock: Clock | None = None) -> None:
+        self._trusted = Path(trusted)
+        self._clock = clock or SystemClock()
+        self._keys: dict[str, Ed25519PublicKey] = {}
+        self._known: OrderedDict[str, tuple[float, Principal]] = OrderedDict()
+        self._loaded_at = float("-inf")
+
+    def verify(self, header: str | None) -> Principal:
+        """The principal of an Authorization header.
+
+        Raises ClientFault with status 401: no_token, bad_token, token_expired, unknown_key.
+        """
+        if not header:
+            raise _refused("no_token", "a bearer token is needed")
+        scheme, _, token = header.partition(" ")
+        if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_CHARS:
+            raise _refused("bad_token", "the Authorization header is not 'Bearer TOKEN'")
+        known = self._known.get(token)
+        if known is not None and self._clock.now() < known[0] + LEEWAY_S:
+            return known[1]
+        expires_at, principal = self._decode(token)
+        self._known[token] = (expires_at, principal)
+        while len(self._known) > CACHED:
+            self._known.popitem(last=False)
+        return principal
+
+    def _decode(self, token: str) -> tuple[float, Principal]:
+        try:
+            kid = str(jwt.get_unverified_header(token).get("kid", ""))
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                self._key(kid),
+                algorithms=[ALGORITHM],
+                audience=AUDIENCE,
+                leeway=LEEWAY_S,
+                options={"require": ["exp", "sub", "iss", "aud"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise _refused("token_expired", "the token has expired") from None
+        except jwt.PyJWTError as error:
+            raise _refused("bad_token", f"the token is not good: {error}") from None
+        # The key says who signed: a key of one authority never speaks for another.
+        if kid.partition("-")[0] != claims["iss"]:
+            raise _refused("bad_token", "the token's issuer is not the owner of its key")
+        fields = {name: claims[name] for name in ("role", "vo", "groups", "roles", "queues", "vos") if name in claims}
+        try:
+            principal = msgspec.convert(
+                fields | {"subject": claims["sub"], "authority": claims["iss"]}, Principal, strict=True
+            )
+        except msgspec.ValidationError as error:
+            raise _refused("bad_token", f"the token's claims are not good: {error}") from None
+        return float(claims["exp"]), principal
+
+    def _key(self, kid: str) -> Ed25519PublicKey:
+        if kid not in self._keys and self._clock.monotonic() - self._loaded_at >= RELOAD_S:
+            self._load()
+        key = self._keys.get(kid)
+        if key is None:
+            raise _refused("unknown_key", "the token's key is not trusted here")
+        return key
+
+    def _load(self) -> None:
+        self._loaded_at = self._clock.monotonic()
+        keys: dict[str, Ed25519PublicKey] = {}
+        for path in self._trusted.glob("*.pub"):
+            key = load_pem_public_key(path.read_bytes())
+            if isinstance(key, Ed25519PublicKey):
+                keys[path.stem] = key
+        if self._keys.keys() - keys.keys():
+            # A key was withdrawn: so is every token it signed.
+            self._known.clear()
+        self._keys = keys
+
+    async def poll(self) -> None:
+        """One turn of a background loop: sees withdrawn keys."""
+        self._load()
+
+
+def _refused(code: str, message: str) -> ClientFault:
+    return ClientFault(code, message, http_status=401)
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Never wider than `mode`, never over an existing file, durable."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,168 @@
+"""The topology on disk: one file per authority, `<folder>/<authority>.json`, replaced as a whole.
+
+A change is made under a lock, against the epoch that its author saw, with a copy of what was before in `history/` and
+one line in `audit.jsonl`. Readers hold their last good copy: a file that is missing or broken for a moment changes
+nothing for them.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from culm.errors import ClientFault, Conflict
+from culm.topology import Section, Topology, validate
+
+AUDIT: Final = "audit.jsonl"
+HISTORY: Final = "history"
+
+log = logging.getLogger("culm.topology")
+
+
+class Who(msgspec.Struct, frozen=True, kw_only=True):
+    """The author of a change, for the audit: who, why, and when in seconds since the epoch."""
+
+    actor: str
+    reason: str
+    at: float
+
+
+def load(folder: Path) -> Topology:
+    """Read every section. Raises ClientFault(bad_topology) if one is broken or none is there."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ClientFault("bad_topology", f"{folder} holds no section of a topology")
+    return Topology(_read(path) for path in files)
+
+
+def load_section(folder: Path, authority: str) -> Section:
+    """Read one section. Raises ClientFault (unknown_authority, bad_topology)."""
+    path = folder / f"{authority}.json"
+    if not path.is_file():
+        raise ClientFault("unknown_authority", f"{folder} holds no section of {authority!r}", http_status=404)
+    return _read(path)
+
+
+def create(folder: Path, section: Section) -> None:
+    """Write a section for the first time. Raises Conflict(section_exists), ClientFault(bad_topology)."""
+    validate(section)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(folder):
+        path = folder / f"{section.authority}.json"
+        if path.exists():
+            raise Conflict("section_exists", f"{path.name} exists")
+        _replace(path, section)
+
+
+def change(
+    folder: Path, authority: str, edit: Callable[[Section], Section], who: Who, *, expected: int | None = None
+) -> Section:
+    """Change one section: `edit` is pure and sees the newest one; its result is validated against all others.
+
+    Args:
+        folder: of the topology.
+        authority: whose section.
+        edit: returns the same section if there is nothing to change.
+        who: the author, for the audit.
+        expected: the epoch that the author saw; None to build on whatever is there.
+
+    Raises:
+        Conflict: epoch_changed. ClientFault: unknown_authority, bad_topology, and what `edit` raises.
+
+    Safe to retry: as the edit is.
+    """
+    with _locked(folder):
+        before = load_section(folder, authority)
+        if expected is not None and before.epoch != expected:
+            raise Conflict("epoch_changed", f"section {authority} is at epoch {before.epoch}, not at {expected}")
+        after = edit(before)
+        if after is before:
+            return before
+        if after.epoch != before.epoch + 1:
+            raise ClientFault("bad_topology", f"the epoch must grow by one, from {before.epoch}")
+        others = (section for name, section in load(folder).sections.items() if name != authority)
+        Topology([*others, after])
+        history = folder / HISTORY
+        history.mkdir(mode=0o700, exist_ok=True)
+        _replace(history / f"{authority}-{before.epoch}.json", before)
+        _replace(folder / f"{authority}.json", after)
+        _append_audit(folder, authority, (before.epoch, after.epoch), who)
+        return after
+
+
+class TopologyCache:
+    """The topology as last read well; a look for a newer one costs a few stat calls."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._seen: tuple[tuple[str, int, int], ...] = ()
+        self.current = Topology([])
+        self.refresh_if_changed()
+
+    def refresh_if_changed(self) -> bool:
+        """Read again if a file has changed; whether there is something new. Never raises: the last good copy stays."""
+        try:
+            seen = tuple(
+                (path.name, info.st_mtime_ns, info.st_ino)
+                for path in sorted(self._folder.glob("*.json"))
+                for info in [path.stat()]
+            )
+            if seen == self._seen:
+                return False
+            self.current = load(self._folder)
+        except (ClientFault, OSError) as error:
+            log.warning("the topology stays at %s: %s", self.current.epochs, error)
+            return False
+        self._seen = seen
+        return True
+
+    async def poll(self) -> None:
+        """One turn of a background loop."""
+        self.refresh_if_changed()
+
+
+def _read(path: Path) -> Section:
+    try:
+        section = msgspec.json.decode(path.read_bytes(), type=Section)
+    except (msgspec.DecodeError, OSError) as error:
+        raise ClientFault("bad_topology", f"{path}: {error}") from None
+    if section.authority != path.stem:
+        raise ClientFault("bad_topology", f"{path} holds the section of {section.authority}")
+    return section
+
+
+def _replace(path: Path, section: Section) -> None:
+    """Atomic and durable: written beside, synced, renamed, the folder synced."""
+    beside = path.with_suffix(".new")
+    with beside.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(section), indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _append_audit(folder: Path, authority: str, epochs: tuple[int, int], who: Who) -> None:
+    row = {"authority": authority, "from_epoch": epochs[0], "to_epoch": epochs[1], **msgspec.to_builtins(who)}
+    with (folder / AUDIT).open("ab") as file:
+        file.write(msgspec.json.encode(row) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if not folder.is_dir():
+        raise ClientFault("bad_topology", f"{folder} is no folder")
+    with (folder / ".lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,160 @@
+"""The HTTP face of the router: a table of verbs. Handlers decode, call one use case, encode."""
+
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from culm import service, telemetry
+from culm.errors import Bug, ClientFault, CulmError
+from culm.ids import slot_of
+from culm.settings import RouterSettings
+from culm.tokens import Verifier
+from culm.wire import (
+    MAX_BODY_BYTES,
+    CancelRequest,
+    GetJobAnswer,
+    GetJobRequest,
+    HeartbeatRequest,
+    JobsQuery,
+    Principal,
+    ReportRequest,
+    SubmitRequest,
+)
+from router import dialects, pilots, registry, users
+from router.forward import Forward
+from router.submit import submit
+
+M = TypeVar("M", bound=msgspec.Struct)
+Answerer = Callable[[Principal, web.Request], Awaitable[msgspec.Struct]]
+
+OTHER: Final = "other"
+
+
+class Front:
+    """The router's HTTP handlers over one Forward."""
+
+    def __init__(self, settings: RouterSettings, forward: Forward, verifier: Verifier) -> None:
+        self._forward = forward
+        self._verifier = verifier
+        self._folder = Path(settings.topology_dir)
+        self.orphans = pilots.Orphans(forward.links)
+        forward.links.on_orphan = self.orphans.crossed
+
+    def app(self, ready: service.Ready) -> web.Application:
+        """The application with all routes."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
+        app.add_routes(service.health_routes("router", ready))
+        forward, folder = self._forward, self._folder
+        app.add_routes(
+            [
+                self._post("submit", SubmitRequest, lambda who, body: submit(forward, who, body)),
+                self._post("heartbeat", HeartbeatRequest, lambda who, body: pilots.heartbeat(forward, who, body)),
+                self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
+                self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
+                self._post("sites", registry.SitesRequest, lambda who, body: registry.register(folder, who, body)),
+                self._post("queue", registry.QueueRequest, lambda who, body: registry.set_fields(folder, who, body)),
+                web.post("/v1/get_job", self._get_job),
+                self._get("job", "/v1/job/{id}", self._job),
+                self._get("jobs", "/v1/jobs", self._jobs),
+                self._get("topology", "/v1/topology", self._topology),
+            ]
+        )
+        return app
+
+    async def _get_job(self, request: web.Request) -> web.StreamResponse:
+        """Written here, not by the framework: a client that is gone by now gives its jobs back at once."""
+        principal = self._principal(request)
+        request["verb"] = "get_job"
+        message = await dialects.decode(request, GetJobRequest)
+        answer = await pilots.get_job(self._forward, principal, message)
+        response = dialects.encode(dialects.answer_dialect(request), answer)
+        written = False
+        try:
+            await response.prepare(request)
+            await response.write_eof()
+            written = request.transport is not None and not request.transport.is_closing()
+        finally:
+            if answer.jobs and not written:
+                self.orphans.unsent(self._shards_of(answer), principal, message)
+        request["verb"] = "get_job" if answer.jobs else "get_job_empty"
+        return response
+
+    def _shards_of(self, answer: GetJobAnswer) -> list[str]:
+        topology = self._forward.topology
+        return list({topology.place(slot_of(grant.id)).shard for grant in answer.jobs})
+
+    async def _job(self, principal: Principal, request: web.Request) -> msgspec.Struct:
+        text = request.match_info["id"]
+        if not text.isdecimal() or len(text) > 19:
+            raise ClientFault("bad_job_id", f"{text[:40]!r} is not a job id")
+        return await users.job(self._forward, principal, int(text))
+
+    async def _jobs(self, principal: Principal, request: web.Request) -> msgspec.Struct:
+        return await users.jobs(self._forward, principal, dialects.query(request, JobsQuery))
+
+    async def _topology(self, principal: Principal, _request: web.Request) -> msgspec.Struct:
+        return registry.show(principal, self._forward.fresh_topology())
+
+    def _post(
+        self, verb: str, kind: type[M], use_case: Callable[[Principal, M], Awaitable[msgspec.Struct]]
+    ) -> web.RouteDef:
+        async def answer(principal: Principal, request: web.Request) -> msgspec.Struct:
+            return await use_case(principal, await dialects.decode(request, kind))
+
+        return web.post(f"/v1/{verb}", self._handler(verb, answer))
+
+    def _get(self, verb: str, path: str, answer: Answerer) -> web.RouteDef:
+        return web.get(path, self._handler(verb, answer))
+
+    def _handler(self, verb: str, answer: Answerer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            request["verb"] = verb
+            # The token before the body: a stranger cannot make us read or decode anything.
+            principal = self._principal(request)
+            return dialects.encode(dialects.answer_dialect(request), await answer(principal, request))
+
+        return handle
+
+    def _principal(self, request: web.Request) -> Principal:
+        return self._verifier.verify(request.headers.get("Authorization"))
+
+    @web.middleware
+    async def _errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Every error leaves as our own body, and every request is timed by verb and outcome."""
+        started = time.perf_counter()
+        outcome = "ok"
+        try:
+            return await handler(request)
+        except CulmError as error:
+            outcome = error.code
+            if isinstance(error, Bug):
+                service.log.error("%s: %s", request.path, error)
+            return dialects.encode_error(dialects.answer_dialect(request), error)
+        except web.HTTPException as error:
+            outcome = f"http_{error.status}"
+            return dialects.encode_error(dialects.answer_dialect(request), _of_http(request, error))
+        except (ConnectionResetError, BrokenPipeError):
+            outcome = "client_gone"
+            raise
+        except Exception:  # the last guard of a request: one bad request must not look like a dead router
+            outcome = "internal"
+            service.log.exception("%s failed", request.path)
+            return dialects.encode_error(
+                dialects.answer_dialect(request), Bug("the request failed, see the router's log")
+            )
+        finally:
+            telemetry.REQUESTS.labels(request.get("verb", OTHER), outcome).observe(time.perf_counter() - started)
+
+
+def _of_http(request: web.Request, error: web.HTTPException) -> CulmError:
+    if error.status == 404:
+        return ClientFault("unknown_path", f"there is no {request.path[:200]}", http_status=404)
+    if error.status == 405:
+        return ClientFault("method_not_allowed", f"{request.method} is not for {request.path[:200]}", http_status=405)
+    return ClientFault("bad_request", error.reason, http_status=error.status)

@@ -1,0 +1,88 @@
+"""JSON and MessagePack over HTTP: the same messages, chosen by content type; and errors in either."""
+
+import random
+from typing import Any, Final, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from culm.errors import ClientFault, CulmError
+from culm.frames import error_body
+from culm.wire import ErrorBody
+
+JSON: Final = "application/json"
+MSGPACK: Final = "application/msgpack"
+RETRY_JITTER: Final = 0.5
+"""Retry-After is lengthened by up to this part, so that the clients of a dead shard do not come back at once."""
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+_ENCODERS: Final[dict[str, msgspec.json.Encoder | msgspec.msgpack.Encoder]] = {
+    JSON: msgspec.json.Encoder(),
+    MSGPACK: msgspec.msgpack.Encoder(),
+}
+_DECODERS: Final[dict[tuple[str, type[Any]], Any]] = {}
+
+
+def dialect_of(request: web.Request) -> str:
+    """The dialect of the request's body. Raises ClientFault(unsupported_media_type), 415."""
+    if request.content_type in _ENCODERS:
+        return request.content_type
+    raise ClientFault("unsupported_media_type", f"the body must be {JSON} or {MSGPACK}", http_status=415)
+
+
+def answer_dialect(request: web.Request) -> str:
+    """The dialect of the answer: that of the body, for a request without one what it accepts, else JSON."""
+    if request.content_type in _ENCODERS:
+        return request.content_type
+    return MSGPACK if MSGPACK in request.headers.get("Accept", "") else JSON
+
+
+async def decode(request: web.Request, kind: type[M]) -> M:
+    """The request's message. Raises ClientFault: unsupported_media_type, body_too_large, bad_request."""
+    dialect = dialect_of(request)
+    try:
+        body = await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise ClientFault("body_too_large", f"the body is larger than {error.text}", http_status=413) from None
+    decoder = _DECODERS.get((dialect, kind))
+    if decoder is None:
+        decoder = msgspec.json.Decoder(kind) if dialect == JSON else msgspec.msgpack.Decoder(kind)
+        _DECODERS[dialect, kind] = decoder
+    try:
+        return decoder.decode(body)  # type: ignore[no-any-return]  # the table is keyed by the type
+    except msgspec.DecodeError as error:
+        raise ClientFault("bad_request", f"the body is not good: {error}") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ClientFault("bad_request", "the body is not good: it cannot be decoded") from None
+
+
+def query(request: web.Request, kind: type[M]) -> M:
+    """A message from the query string. Raises ClientFault(bad_request)."""
+    try:
+        return msgspec.convert(dict(request.query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ClientFault("bad_request", f"the query is not good: {error}") from None
+
+
+def encode(dialect: str, answer: msgspec.Struct) -> web.Response:
+    """A good answer."""
+    return web.Response(body=_ENCODERS[dialect].encode(answer), content_type=dialect)
+
+
+def encode_error(dialect: str, error: CulmError) -> web.Response:
+    """{"error": {code, message, retryable, retry_after_s, details}} with the error's status."""
+    body = error_body(error)
+    headers = {}
+    if body.retry_after_s is not None:
+        jittered = body.retry_after_s * (1 + random.uniform(0, RETRY_JITTER))  # noqa: S311  # spreads load, no secret
+        body = msgspec.structs.replace(body, retry_after_s=round(jittered, 3))
+        headers["Retry-After"] = str(max(1, round(jittered)))
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    encoded = _ENCODERS[dialect].encode(_Envelope(body))
+    return web.Response(body=encoded, status=error.http_status, content_type=dialect, headers=headers)
+
+
+class _Envelope(msgspec.Struct):
+    error: ErrorBody
