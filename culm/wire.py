@@ -186,7 +186,7 @@ class Grant(Answer, frozen=True, kw_only=True):
     vo: str
     priority: int
     spec: msgspec.Raw
-    """The JobSpec as stored."""
+    """The JobSpec as stored: MessagePack on the link, in the client's dialect over HTTP."""
 
 
 class GetJobAnswer(Answer, frozen=True, kw_only=True):

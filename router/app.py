@@ -71,7 +71,8 @@ class Front:
         request["verb"] = "get_job"
         message = await dialects.decode(request, GetJobRequest)
         answer = await pilots.get_job(self._forward, principal, message)
-        response = dialects.encode(dialects.answer_dialect(request), answer)
+        dialect = dialects.answer_dialect(request)
+        response = dialects.encode(dialect, dialects.grants_in(dialect, answer))
         written = False
         try:
             await response.prepare(request)

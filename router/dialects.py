@@ -8,7 +8,7 @@ from aiohttp import web
 
 from culm.errors import ClientFault, CulmError
 from culm.frames import error_body
-from culm.wire import ErrorBody
+from culm.wire import ErrorBody, GetJobAnswer
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -68,6 +68,17 @@ def query(request: web.Request, kind: type[M]) -> M:
 def encode(dialect: str, answer: msgspec.Struct) -> web.Response:
     """A good answer."""
     return web.Response(body=_ENCODERS[dialect].encode(answer), content_type=dialect)
+
+
+def grants_in(dialect: str, answer: GetJobAnswer) -> GetJobAnswer:
+    """The answer with its specs, which are stored as MessagePack, in the dialect of the client."""
+    if dialect == MSGPACK:
+        return answer
+    grants = [
+        msgspec.structs.replace(grant, spec=msgspec.Raw(msgspec.json.encode(msgspec.msgpack.decode(grant.spec))))
+        for grant in answer.jobs
+    ]
+    return msgspec.structs.replace(answer, jobs=grants)
 
 
 def encode_error(dialect: str, error: CulmError) -> web.Response:

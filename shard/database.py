@@ -21,7 +21,7 @@ from pymysql.err import MySQLError
 from culm.clock import Clock, SystemClock
 from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
-from shard.statements import STATEMENTS, Statement, flatten
+from shard.statements import STATEMENTS, Statement, expand, flatten
 
 Pool = Literal["claim", "write", "read"]
 Row = tuple[Any, ...]
@@ -38,10 +38,11 @@ FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
 DUPLICATE: Final = 1062
 MAX_TRIES: Final = 6
 _SESSION: Final = (
-    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, SESSION time_zone = '+00:00', "
-    "SESSION innodb_lock_wait_timeout = 3, SESSION sql_notes = 0, "
+    "SET SESSION time_zone = '+00:00', SESSION innodb_lock_wait_timeout = 3, SESSION sql_notes = 0, "
     "SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO'"
 )
+_ISOLATION: Final = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
+"""A statement of its own: the name of the variable differs between MariaDB 10.11 and MySQL 9."""
 
 _IN_USE: Final = Gauge("culm_db_pool_in_use", "Connections in use", ["pool"])
 _RETRIES: Final = Counter("culm_db_retries_total", "Transactions run again", ["errno"])
@@ -99,7 +100,8 @@ class Transaction:
 
     async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
-            n_rows = await cursor.execute(sql, arguments or None)
+            text, flat = expand(sql, arguments)
+            n_rows = await cursor.execute(text, flat or None)
             rows = list(await cursor.fetchall()) if cursor.description else []
             return n_rows, rows
 
@@ -248,7 +250,7 @@ async def connect(
     password = _password(settings)
     try:
         async with asyncio.timeout(settings.connect_timeout_s):
-            return await aiomysql.connect(
+            connection = await aiomysql.connect(
                 unix_socket=settings.socket or None,
                 host=settings.host or "localhost",
                 port=settings.port,
@@ -261,8 +263,15 @@ async def connect(
                 # rowcount is the rows found, not only those changed: guards count what they matched.
                 client_flag=2,
             )
+            try:
+                await connection.query(_ISOLATION)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
     except (MySQLError, OSError, TimeoutError) as error:
-        raise Unavailable("database_down", f"the partition's database is not reachable: {_errno(error)}") from None
+        told = str(error) or type(error).__name__
+        raise Unavailable("database_down", f"the partition's database is not reachable: {told}") from None
 
 
 def _password(settings: DatabaseSettings) -> str:

@@ -53,4 +53,26 @@ def flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:
     return [value for row in rows for value in row]
 
 
+def expand(sql: str, arguments: Sequence[Any]) -> tuple[str, list[Any]]:
+    """The text and arguments with every tuple spread: `IN %s` becomes `IN (%s, %s)`; drivers do not agree on tuples.
+
+    An empty tuple becomes (NULL), which nothing equals. Raises ValueError if text and arguments do not fit.
+    """
+    if not any(isinstance(argument, tuple) for argument in arguments):
+        return sql, list(arguments)
+    pieces = sql.split("%s")
+    if len(pieces) != len(arguments) + 1:
+        raise ValueError(f"{len(arguments)} arguments for {len(pieces) - 1} places")
+    text, flat = [pieces[0]], []
+    for argument, piece in zip(arguments, pieces[1:], strict=True):
+        if isinstance(argument, tuple):
+            text.append("(" + (", ".join(["%s"] * len(argument)) or "NULL") + ")")
+            flat += argument
+        else:
+            text.append("%s")
+            flat.append(argument)
+        text.append(piece)
+    return "".join(text), flat
+
+
 STATEMENTS: Final = parse(resources.files("shard").joinpath("sql/queries.sql").read_text(encoding="utf-8"))
