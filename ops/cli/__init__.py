@@ -1,0 +1,63 @@
+"""The command `culm`. A command's module is imported when it is used, so that `--help` is quick."""
+
+import importlib
+import sys
+from typing import Any, Final
+
+import click
+
+from culm import __version__
+from culm.errors import ClientFault, CulmError, Unavailable
+from ops.cli import exits
+
+_COMMANDS: Final = {
+    "up": ("ops.cli.cluster", "start a cluster on this machine"),
+    "down": ("ops.cli.cluster", "stop it"),
+    "status": ("ops.cli.cluster", "its processes"),
+    "logs": ("ops.cli.cluster", "what its processes said"),
+    "demo": ("ops.cli.demo", "a cluster, 60 jobs, pilots that run them"),
+    "test": ("ops.cli.test", "run the tests"),
+    "router": ("ops.cli.run", "run a router"),
+    "shard": ("ops.cli.run", "run a shard"),
+    "monitor": ("ops.cli.run", "run a monitor"),
+    "job": ("ops.cli.job", "submit, list, show, kill"),
+    "site": ("ops.cli.site", "sites and computing queues"),
+    "topology": ("ops.cli.site", "which slot lives on which shard"),
+    "token": ("ops.cli.token", "signed tokens"),
+    "audit": ("ops.cli.audit", "check the stored data of every shard"),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: Any = getattr(importlib.import_module(_COMMANDS[name][0]), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=exits.EPILOG)
+@click.version_option(__version__, prog_name="culm")
+def culm() -> None:
+    """A workload management system cut into independent partitions by region and site."""
+
+
+def main() -> None:
+    """Run the command line; every error of ours becomes one line and an exit code."""
+    try:
+        culm(standalone_mode=True)
+    except ClientFault as error:
+        click.echo(f"culm: {error.message} ({error.code})", err=True)
+        sys.exit(exits.of(error))
+    except CulmError as error:
+        hint = "; try again later" if isinstance(error, Unavailable) else ""
+        click.echo(f"culm: {error.message} ({error.code}){hint}", err=True)
+        sys.exit(exits.of(error))

@@ -1,0 +1,53 @@
+"""`culm router|shard|monitor run --config FILE`: what systemd, containers and the supervisor start."""
+
+from pathlib import Path
+
+import click
+
+from culm import settings
+
+_CONFIG = click.option(
+    "--config", required=True, type=click.Path(dir_okay=False, path_type=Path), help="TOML; see docs/settings.md."
+)
+
+
+@click.group()
+def router() -> None:
+    """The front door: resolves site or region to a shard, and forwards."""
+
+
+@router.command("run")
+@_CONFIG
+def router_run(config: Path) -> None:
+    """Run a router until SIGTERM. CULM_ROUTER_<KEY> overrides a key of the file."""
+    from router.main import run  # noqa: PLC0415  # a process imports its own service only
+
+    run(settings.load(config, settings.RouterSettings, prefix="CULM_ROUTER_"))
+
+
+@click.group()
+def shard() -> None:
+    """The server of one partition."""
+
+
+@shard.command("run")
+@_CONFIG
+def shard_run(config: Path) -> None:
+    """Run a shard until SIGTERM. CULM_SHARD_<KEY> overrides a key of the file."""
+    from shard.main import run  # noqa: PLC0415
+
+    run(settings.load(config, settings.ShardSettings, prefix="CULM_SHARD_"))
+
+
+@click.group()
+def monitor() -> None:
+    """The merged view of all shards."""
+
+
+@monitor.command("run")
+@_CONFIG
+def monitor_run(config: Path) -> None:
+    """Run a monitor until SIGTERM. CULM_MONITOR_<KEY> overrides a key of the file."""
+    from monitor_api.main import run  # noqa: PLC0415
+
+    run(settings.load(config, settings.MonitorSettings, prefix="CULM_MONITOR_"))
