@@ -49,6 +49,7 @@ DATA_EVENTS: Final = frozenset(
 _AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
 _DATA_MAY_END: Final = UNREADY | _AFTER_WORKER
 _IDS_PER_TRANSACTION: Final = 200
+_CANCELLED: Final[CancelOutcome] = "cancelled"
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 Announce = Callable[[Sequence[Hint]], Awaitable[None]]
@@ -213,7 +214,7 @@ class Lifecycle:
             [
                 Change(job=locked.jobs[i], event=Event.CANCEL, actor=principal.subject)
                 for i, outcome in outcomes.items()
-                if outcome == "cancelled"
+                if outcome == _CANCELLED
             ],
         )
         return [
@@ -303,7 +304,7 @@ def _cancel_outcome(principal: Principal, job: Job | None) -> CancelOutcome:
 def _state_after(outcome: CancelOutcome, job: Job | None) -> State | None:
     if job is None or outcome == "forbidden":
         return None
-    return State.CANCELLED if outcome == "cancelled" else job.state
+    return State.CANCELLED if outcome == _CANCELLED else job.state
 
 
 def _unknown(identifier: int) -> ClientFault:

@@ -13,6 +13,7 @@ from typing import Final
 from culm.errors import Bug, Unavailable
 from culm.settings import DatabaseSettings
 from shard.database import connect
+from shard.statements import STATEMENTS
 
 LOCK_TIMEOUT_S: Final = 30
 
@@ -32,28 +33,20 @@ async def migrate(settings: DatabaseSettings) -> int:
     connection = await connect(settings, autocommit=True, database="")
     try:
         async with connection.cursor() as cursor:
-            # The name was checked above; identifiers cannot be parameters.
-            await cursor.execute(
-                f"CREATE DATABASE IF NOT EXISTS `{settings.name}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-            )
+            await cursor.execute(STATEMENTS["create_database"].head.replace(":name", settings.name))
             await cursor.execute(f"USE `{settings.name}`")
-            await cursor.execute("SELECT GET_LOCK(%s, %s)", (f"culm.migrate.{settings.name}", LOCK_TIMEOUT_S))
+            await cursor.execute(STATEMENTS["migration_lock"].head, (f"culm.migrate.{settings.name}", LOCK_TIMEOUT_S))
             if (await cursor.fetchone())[0] != 1:
                 raise Unavailable("migration_busy", "another process migrates this database")
-            await cursor.execute(
-                "CREATE TABLE IF NOT EXISTS schema_version (version INT UNSIGNED NOT NULL PRIMARY KEY, "
-                "checksum CHAR(64) NOT NULL, applied_at DATETIME(6) NOT NULL) ENGINE = InnoDB"
-            )
-            await cursor.execute("SELECT version, checksum FROM schema_version")
+            await cursor.execute(STATEMENTS["make_schema_version"].head)
+            await cursor.execute(STATEMENTS["read_schema_version"].head)
             applied = dict(await cursor.fetchall())
             for version, text in _migrations():
                 checksum = hashlib.sha256(text.encode()).hexdigest()
                 if version not in applied:
                     for statement in _statements(text):
                         await cursor.execute(statement)
-                    await cursor.execute(
-                        "INSERT INTO schema_version VALUES (%s, %s, UTC_TIMESTAMP(6))", (version, checksum)
-                    )
+                    await cursor.execute(STATEMENTS["insert_schema_version"].head, (version, checksum))
                     log.info("schema version %d applied to %s", version, settings.name)
                 elif applied[version] != checksum:
                     raise Bug(f"migration {version} is not the one that was applied to {settings.name}")

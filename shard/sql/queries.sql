@@ -15,9 +15,6 @@ SELECT slot, state, epoch FROM slot
 INSERT INTO slot (slot, state, epoch, changed_at) VALUES (%s, 'open', %s, UTC_TIMESTAMP(6))
 ON DUPLICATE KEY UPDATE slot = slot
 
--- name: change_slot
-UPDATE slot SET state = %s, epoch = %s, changed_at = UTC_TIMESTAMP(6) WHERE slot = %s
-
 -- name: lock_sequence
 SELECT next_seq FROM slot_sequence WHERE slot = %s FOR UPDATE
 
@@ -196,3 +193,25 @@ SELECT slot, state, SUM(n) FROM tally GROUP BY slot, state
 
 -- name: database_time
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))
+
+-- Migrations: run on a connection of their own, before there is a schema.
+
+-- :name is replaced by a checked name; identifiers cannot be parameters.
+-- name: create_database
+CREATE DATABASE IF NOT EXISTS `:name` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin
+
+-- name: migration_lock
+SELECT GET_LOCK(%s, %s)
+
+-- name: make_schema_version
+CREATE TABLE IF NOT EXISTS schema_version (
+    version INT UNSIGNED NOT NULL PRIMARY KEY,
+    checksum CHAR(64) NOT NULL,
+    applied_at DATETIME(6) NOT NULL
+) ENGINE = InnoDB
+
+-- name: read_schema_version
+SELECT version, checksum FROM schema_version
+
+-- name: insert_schema_version
+INSERT INTO schema_version (version, checksum, applied_at) VALUES (%s, %s, UTC_TIMESTAMP(6))

@@ -33,7 +33,7 @@ def sources() -> tuple[Path, ...]:
     return tuple(path for path in files(".py") if path.parts[0] in PACKAGES)
 
 
-def test_modules() -> tuple[Path, ...]:
+def modules_of_tests() -> tuple[Path, ...]:
     """The Python modules of the tests."""
     return tuple(path for path in files(".py") if path.parts[0] == "tests")
 

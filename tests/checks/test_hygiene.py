@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from culm.states import State
-from tests.checks.repository import at, files, sources, test_modules, text, tree
+from tests.checks.repository import at, files, modules_of_tests, sources, text, tree
 
 # Written in pieces, so that this file does not find itself.
 MACHINE = re.compile("/wo" r"rk/|/home/[a-z]\w*/|/ro" r"ot/[\w.]")
@@ -137,7 +137,7 @@ def _sleeps(module: ast.Module) -> Iterator[ast.Call]:
 
 def test_tests_wait_for_a_condition_never_for_a_time() -> None:
     """Write `await eventually(condition, deadline_s)` of tests/waiting.py."""
-    others = [path for path in test_modules() if path.name != "waiting.py"]
+    others = [path for path in modules_of_tests() if path.name != "waiting.py"]
     assert [at(path, node) for path in others for node in _sleeps(tree(path))] == []
 
 

@@ -1,0 +1,88 @@
+"""`culm up`, `down`, `status`, `logs`."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from culm.errors import ClientFault
+from ops.cli import exits
+from ops.cli.options import DIR, OUTPUT, PORT
+from ops.cluster import control
+from ops.cluster.layout import Layout
+
+
+@click.command()
+@DIR
+@PORT
+def up(folder: Path, port: int | None) -> None:
+    """Start a cluster on this machine: a router, three shards with their databases, the monitor.
+
+    \b
+    Examples:
+      culm up
+      culm up --dir /data/second --port 26080
+    """
+    start(folder, port)
+
+
+def start(folder: Path, port: int | None) -> Layout:
+    """Start, with a spinner; the layout of what runs."""
+    known = control.status(folder)
+    layout = Layout(folder, port or (known.port if known else 0) or Layout(folder).port)
+    console = Console(stderr=True)
+    with console.status("starting") as spinner:
+        control.up(layout, spinner.update)
+    console.print(f"up: router {layout.router_url}, monitor {layout.monitor_url}, in {folder}")
+    return layout
+
+
+@click.command()
+@DIR
+def down(folder: Path) -> None:
+    """Stop the cluster: exactly what `culm up` started. Its data stays."""
+    click.echo("stopped" if control.down(folder) else f"nothing runs in {folder}", err=True)
+
+
+@click.command()
+@DIR
+@OUTPUT
+def status(folder: Path, output: str) -> None:
+    """Show the processes of the cluster. Exit code 4 if it is not up."""
+    told = control.status(folder)
+    up_now = told is not None and told.alive
+    if told is None or not up_now:
+        click.echo(f"no cluster runs in {folder}: culm up" if output == "table" else '{"phase": "down"}')
+        sys.exit(exits.UNAVAILABLE)
+    if output == "json":
+        rows = [{"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts} for p in told.processes]
+        click.echo(json.dumps({"phase": told.phase, "port": told.port, "processes": rows}))
+        return
+    table = Table("process", "pid", "state", "restarts", "for")
+    for process in told.processes:
+        age = f"{time.time() - process.since:.0f} s"
+        table.add_row(process.name, str(process.pid), process.state, str(process.restarts), age)
+    Console().print(table)
+
+
+@click.command()
+@DIR
+@click.option("-f", "--follow", is_flag=True, help="Go on as they grow.")
+@click.argument("names", nargs=-1)
+def logs(folder: Path, follow: bool, names: tuple[str, ...]) -> None:
+    """Show the last lines of the logs of NAMES, or of all processes."""
+    found = sorted((folder / "logs").glob("*.log"))
+    if names:
+        unknown = set(names) - {path.stem for path in found}
+        if unknown:
+            raise ClientFault("no_log", f"no log of {', '.join(sorted(unknown))}", http_status=404)
+        found = [path for path in found if path.stem in names]
+    if not found:
+        raise ClientFault("no_log", f"no logs in {folder}", http_status=404)
+    command = ["tail", "-n", "20", *(["-F"] if follow else []), *map(str, found)]
+    sys.exit(subprocess.run(command, check=False).returncode)

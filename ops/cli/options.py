@@ -1,0 +1,50 @@
+"""Options that many commands share, and the client that they speak through."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from culm.client import Client
+from culm.errors import ClientFault
+from ops.cluster import control
+from ops.cluster.layout import DEFAULT_PORT, default_folder
+
+
+def _absolute(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path:
+    return value.absolute() if value is not None else default_folder()
+
+
+DIR: Any = click.option(
+    "--dir",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=_absolute,
+    help="The cluster's folder.  [default: $CULM_DIR, else ~/.culm/demo]",
+)
+PORT: Any = click.option(
+    "--port",
+    type=click.IntRange(1, 65534),
+    help=f"The router's port; the monitor has the next.  [default: {DEFAULT_PORT}]",
+)
+OUTPUT: Any = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+AUTHORITY: Any = click.option("--authority", default="central", show_default=True, help="Whose token to show.")
+
+
+def token(folder: Path, role: str, authority: str = "central") -> str:
+    """The cluster's own token of a role. Raises ClientFault(no_token)."""
+    path = folder / "tokens" / f"{authority}.{role}"
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        raise ClientFault("no_token", f"cannot read {path}; is {folder} a cluster?") from None
+
+
+def router(folder: Path, role: str = "user", *, authority: str = "central") -> Client:
+    """A client of the cluster's router. Raises Unavailable(not_running)."""
+    return Client(control.running(folder).router_url, token(folder, role, authority), patience_s=10.0)
+
+
+def monitor(folder: Path) -> Client:
+    """A client of the cluster's monitor. Raises Unavailable(not_running)."""
+    return Client(control.running(folder).monitor_url, token(folder, "admin"), patience_s=10.0)

@@ -1,0 +1,1 @@
+"""A cluster on one machine: a supervisor over processes that also run alone."""

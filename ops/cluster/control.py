@@ -1,0 +1,143 @@
+"""Start, stop and look at a cluster on this machine."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from culm.errors import ClientFault, Conflict, CulmError, Unavailable
+from ops.cluster.layout import Layout, make_private
+from ops.cluster.supervisor import start_time
+
+UP_S: Final = 420.0
+"""The first start may fetch an engine."""
+DOWN_S: Final = 60.0
+POLL_S: Final = 0.05
+
+
+class ProcessStatus(msgspec.Struct, frozen=True):
+    """One supervised process; `since` is seconds since the epoch."""
+
+    name: str
+    pid: int
+    state: str
+    restarts: int
+    since: float
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What the supervisor last said; `phase` is starting, up, stopping, down or failed."""
+
+    phase: str
+    pid: int
+    port: int
+    processes: list[ProcessStatus]
+    failure: str = ""
+    started: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether that supervisor still runs."""
+        return self.started != 0 and start_time(self.pid) == self.started
+
+
+def status(folder: Path) -> Status | None:
+    """The cluster's status; None if there never was one."""
+    try:
+        return msgspec.json.decode((folder / "status.json").read_bytes(), type=Status)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def running(folder: Path) -> Layout:
+    """The layout of a cluster that is up. Raises Unavailable(not_running)."""
+    told = status(folder)
+    if told is None or not told.alive:
+        raise Unavailable("not_running", f"no cluster runs in {folder}: culm up --dir {folder}")
+    return Layout(folder, told.port)
+
+
+def up(layout: Layout, progress: Callable[[str], None]) -> Status:
+    """Start a cluster and wait until it is up; one that is up already is left alone.
+
+    Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed). Safe to retry: yes.
+    """
+    told = status(layout.folder)
+    if told is not None and told.alive:
+        if told.port != layout.port:
+            raise Conflict("runs_elsewhere", f"the cluster in {layout.folder} is up at port {told.port}")
+        return _wait_up(layout, None, progress)
+    make_private(layout.folder)
+    for port in (layout.port, layout.port + 1):
+        _require_free(port)
+    layout.status.unlink(missing_ok=True)
+    with (layout.folder / "supervisor.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ops.cluster.supervisor", str(layout.folder), str(layout.port)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return _wait_up(layout, process, progress)
+
+
+def down(folder: Path) -> bool:
+    """Stop what `up` started and nothing else; whether anything ran. Raises CulmError(still_running)."""
+    told = status(folder)
+    if told is None or not told.alive:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(told.pid, signal.SIGTERM)
+    deadline = time.monotonic() + DOWN_S
+    while start_time(told.pid) == told.started and not _is_zombie(told.pid):
+        if time.monotonic() > deadline:
+            raise CulmError("still_running", f"the supervisor {told.pid} has not ended in {DOWN_S:.0f} s")
+        time.sleep(POLL_S)
+    shutil.rmtree(Layout(folder, told.port).sockets, ignore_errors=True)
+    return True
+
+
+def _wait_up(layout: Layout, process: "subprocess.Popen[bytes] | None", progress: Callable[[str], None]) -> Status:
+    deadline = time.monotonic() + UP_S
+    while time.monotonic() < deadline:
+        told = status(layout.folder)
+        if told is not None:
+            if told.phase == "up":
+                return told
+            if told.phase == "failed":
+                raise CulmError("start_failed", f"{told.failure} (logs in {layout.logs})")
+            n_up = sum(one.state == "up" for one in told.processes)
+            progress(f"{n_up} of {len(told.processes)} processes are up")
+        if process is not None and process.poll() is not None:
+            raise CulmError("start_failed", f"the supervisor ended, see {layout.folder / 'supervisor.log'}")
+        time.sleep(POLL_S)
+    raise CulmError("start_failed", f"not up after {UP_S:.0f} s, see {layout.logs}")
+
+
+def _is_zombie(pid: int) -> bool:
+    """Ended, but not yet collected: so it is when the same process called up and down."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def _require_free(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise ClientFault("bad_port", f"{port} is not a port")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise Conflict("port_busy", f"port {port} is in use: choose another with --port") from None
