@@ -63,7 +63,7 @@ def expand(sql: str, arguments: Sequence[Any]) -> tuple[str, list[Any]]:
     pieces = sql.split("%s")
     if len(pieces) != len(arguments) + 1:
         raise ValueError(f"{len(arguments)} arguments for {len(pieces) - 1} places")
-    text, flat = [pieces[0]], []
+    text, flat = [pieces[0]], list[Any]()
     for argument, piece in zip(arguments, pieces[1:], strict=True):
         if isinstance(argument, tuple):
             text.append("(" + (", ".join(["%s"] * len(argument)) or "NULL") + ")")

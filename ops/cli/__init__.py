@@ -24,7 +24,8 @@ _COMMANDS: Final = {
     "site": ("ops.cli.site", "sites and computing queues"),
     "topology": ("ops.cli.site", "which slot lives on which shard"),
     "token": ("ops.cli.token", "signed tokens"),
-    "audit": ("ops.cli.audit", "check the stored data of every shard"),
+    "counts": ("ops.cli.counts", "the merged counts of all shards"),
+    "pilot": ("ops.cli.pilot", "run a pilot, build its zipapp"),
 }
 
 

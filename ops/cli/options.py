@@ -1,7 +1,8 @@
 """Options that many commands share, and the client that they speak through."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import click
 
@@ -10,25 +11,37 @@ from culm.errors import ClientFault
 from ops.cluster import control
 from ops.cluster.layout import DEFAULT_PORT, default_folder
 
+F = TypeVar("F", bound=Callable[..., object] | click.Command)
+
+
+class Option(Protocol):
+    """A decorator that adds an option and leaves the function's type alone."""
+
+    def __call__(self, function: F, /) -> F:
+        """Add it."""
+        ...
+
 
 def _absolute(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path:
     return value.absolute() if value is not None else default_folder()
 
 
-DIR: Any = click.option(
+DIR: Option = click.option(
     "--dir",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     callback=_absolute,
     help="The cluster's folder.  [default: $CULM_DIR, else ~/.culm/demo]",
 )
-PORT: Any = click.option(
+PORT: Option = click.option(
     "--port",
     type=click.IntRange(1, 65534),
     help=f"The router's port; the monitor has the next.  [default: {DEFAULT_PORT}]",
 )
-OUTPUT: Any = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-AUTHORITY: Any = click.option("--authority", default="central", show_default=True, help="Whose token to show.")
+OUTPUT: Option = click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
+)
+AUTHORITY: Option = click.option("--authority", default="central", show_default=True, help="Whose token to show.")
 
 
 def token(folder: Path, role: str, authority: str = "central") -> str:

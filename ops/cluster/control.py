@@ -22,6 +22,8 @@ UP_S: Final = 420.0
 """The first start may fetch an engine."""
 DOWN_S: Final = 60.0
 POLL_S: Final = 0.05
+ENDING: Final = frozenset({"stopping", "down", "failed"})
+"""Phases of a supervisor that is on its way out."""
 
 
 class ProcessStatus(msgspec.Struct, frozen=True):
@@ -72,6 +74,9 @@ def up(layout: Layout, progress: Callable[[str], None]) -> Status:
     Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed). Safe to retry: yes.
     """
     told = status(layout.folder)
+    if told is not None and told.alive and told.phase in ENDING:
+        _wait_end(told)
+        told = None
     if told is not None and told.alive:
         if told.port != layout.port:
             raise Conflict("runs_elsewhere", f"the cluster in {layout.folder} is up at port {told.port}")
@@ -98,13 +103,17 @@ def down(folder: Path) -> bool:
         return False
     with contextlib.suppress(ProcessLookupError):
         os.kill(told.pid, signal.SIGTERM)
+    _wait_end(told)
+    shutil.rmtree(Layout(folder, told.port).sockets, ignore_errors=True)
+    return True
+
+
+def _wait_end(told: Status) -> None:
     deadline = time.monotonic() + DOWN_S
-    while start_time(told.pid) == told.started and not _is_zombie(told.pid):
+    while told.alive:
         if time.monotonic() > deadline:
             raise CulmError("still_running", f"the supervisor {told.pid} has not ended in {DOWN_S:.0f} s")
         time.sleep(POLL_S)
-    shutil.rmtree(Layout(folder, told.port).sockets, ignore_errors=True)
-    return True
 
 
 def _wait_up(layout: Layout, process: "subprocess.Popen[bytes] | None", progress: Callable[[str], None]) -> Status:
@@ -114,22 +123,14 @@ def _wait_up(layout: Layout, process: "subprocess.Popen[bytes] | None", progress
         if told is not None:
             if told.phase == "up":
                 return told
-            if told.phase == "failed":
-                raise CulmError("start_failed", f"{told.failure} (logs in {layout.logs})")
+            if told.phase in ENDING:
+                raise CulmError("start_failed", f"{told.failure or 'it was stopped'} (logs in {layout.logs})")
             n_up = sum(one.state == "up" for one in told.processes)
             progress(f"{n_up} of {len(told.processes)} processes are up")
         if process is not None and process.poll() is not None:
             raise CulmError("start_failed", f"the supervisor ended, see {layout.folder / 'supervisor.log'}")
         time.sleep(POLL_S)
     raise CulmError("start_failed", f"not up after {UP_S:.0f} s, see {layout.logs}")
-
-
-def _is_zombie(pid: int) -> bool:
-    """Ended, but not yet collected: so it is when the same process called up and down."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def _require_free(port: int) -> None:

@@ -176,9 +176,13 @@ class Supervisor:
 
 
 def start_time(pid: int) -> int:
-    """When a process began, in the kernel's ticks, 0 if there is none: a pid with it is never mistaken for another."""
+    """When a process began, in the kernel's ticks, 0 if there is none: a pid with it is never mistaken for another.
+
+    One that ended but was not collected counts as none: a container's first process may never collect it.
+    """
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 

@@ -1,0 +1,42 @@
+"""`culm counts`: what the monitor's /v1/counts says."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from culm.wire import CountsAnswer
+from ops.cli.options import DIR, OUTPUT, monitor
+
+
+@click.command()
+@DIR
+@OUTPUT
+@click.option("--by", type=click.Choice(["region", "site"]), default="region", show_default=True)
+def counts(folder: Path, output: str, by: str) -> None:
+    """Show the merged counts of all shards by state; shards that gave no answer are named."""
+
+    async def ask() -> CountsAnswer:
+        async with monitor(folder) as client:
+            return await client.counts()
+
+    answer = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+        return
+    states = sorted(answer.total)
+    table = Table(by, *states)
+    rows = answer.by_region if by == "region" else answer.by_site
+    for name, row in rows.items():
+        table.add_row(name, *(str(row.get(state, 0)) for state in states))
+    table.add_row("all", *(str(answer.total[state]) for state in states))
+    Console().print(table)
+    for shard in answer.missing_shards:
+        age = answer.shards.get(shard)
+        sys.stderr.write(
+            f"{shard} gives no answer; " + ("never heard\n" if age is None else f"shown as {age:.0f} s ago\n")
+        )

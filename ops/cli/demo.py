@@ -1,0 +1,117 @@
+"""`culm demo`: a cluster, 60 shell jobs over three regions, pilots that run them."""
+
+import asyncio
+import contextlib
+import secrets
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from culm.states import FINAL, State
+from culm.wire import JobSpec, JobsQuery, SubmitRequest
+from ops.cli import exits
+from ops.cli.cluster import start
+from ops.cli.options import DIR, PORT, router
+from ops.cluster.layout import AUTHORITIES, REGIONS, Layout
+from ops.cluster.plan import DEMO_SITES
+
+JOBS_PER_REGION: Final = 20
+PILOTS_PER_REGION: Final = 2
+DEADLINE_S: Final = 110.0
+POLL_S: Final = 0.25
+
+
+@click.command()
+@DIR
+@PORT
+def demo(folder: Path, port: int | None) -> None:
+    """Start a cluster, submit 60 shell jobs over three regions, run them with pilots; leave the cluster up.
+
+    \b
+    Examples:
+      culm demo
+      culm demo --dir /tmp/second --port 26080
+    """
+    layout = start(folder, port)
+    began = time.monotonic()
+    pilots = [_pilot(layout, region, number) for region in REGIONS.values() for number in range(PILOTS_PER_REGION)]
+    try:
+        states = asyncio.run(_run(layout))
+    finally:
+        for pilot in pilots:
+            pilot.terminate()
+        for pilot in pilots:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pilot.wait(10)
+    _summary(layout, states, time.monotonic() - began)
+    if states[State.FINISHED] != sum(states.values()):
+        sys.exit(exits.FAILED)
+
+
+async def _run(layout: Layout) -> Counter[State]:
+    """Submit, then watch until all are final or the time is up; how many are in which state."""
+    ids: list[int] = []
+    jobsets = []
+    async with router(layout.folder) as client:
+        for region in REGIONS.values():
+            specs = [
+                JobSpec(  # noqa: S604  # the payload of a job, run by its pilot
+                    region=region if n % 2 else "",
+                    site="" if n % 2 else DEMO_SITES[region],
+                    name=f"demo-{region}-{n}",
+                    shell=f"echo job {n} of {region}; sleep 0.{n % 5}",
+                    walltime_s=60,
+                )
+                for n in range(JOBS_PER_REGION)
+            ]
+            answer = await client.submit(SubmitRequest(idempotency_key=f"demo-{secrets.token_hex(8)}", jobs=specs))
+            ids += [identifier for identifier in answer.ids if identifier is not None]
+            jobsets.append(answer.jobset)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task("jobs final", total=len(ids))
+            deadline = time.monotonic() + DEADLINE_S
+            while True:
+                states: Counter[State] = Counter()
+                for jobset in jobsets:
+                    page = await client.jobs(JobsQuery(jobset=jobset, limit=1000))
+                    states.update(row.state for row in page.jobs)
+                n_final = sum(n for state, n in states.items() if state in FINAL)
+                progress.update(bar, completed=n_final)
+                if n_final >= len(ids) or time.monotonic() > deadline:
+                    return states
+                await asyncio.sleep(POLL_S)
+
+
+def _pilot(layout: Layout, region: str, number: int) -> "subprocess.Popen[bytes]":
+    shard = next(name for name, owner in REGIONS.items() if owner == region)
+    log = (layout.logs / f"pilot-{region}-{number}.log").open("ab")
+    with log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "pilot", "--server", layout.router_url),
+                *("--queue", f"{DEMO_SITES[region]}-q", "--wait", "5"),
+                *("--token-file", str(layout.tokens / f"{AUTHORITIES[shard]}.pilot")),
+                *("--name", f"demo-{region}-{number}", "--work-dir", str(layout.folder / "pilots")),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _summary(layout: Layout, states: Counter[State], took_s: float) -> None:
+    console = Console()
+    told = ", ".join(f"{n} {state.value}" for state, n in sorted(states.items()))
+    console.print(f"{sum(states.values())} jobs: {told}, in {took_s:.1f} s")
+    console.print(f"router  {layout.router_url}\nmonitor {layout.monitor_url}/v1/counts", highlight=False)
+    console.print(
+        "Try next:", "culm job list", "culm counts --by site", "culm job submit --site BNL -- hostname", sep="\n  "
+    )

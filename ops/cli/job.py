@@ -1,0 +1,165 @@
+"""`culm job submit|list|show|kill`."""
+
+import asyncio
+import secrets
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from culm.errors import ClientFault
+from culm.states import State
+from culm.wire import CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
+
+
+@click.group()
+def job() -> None:
+    """Jobs: submit, list, show, kill."""
+
+
+@job.command(context_settings={"ignore_unknown_options": True})
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--region", default="", help="Any site of this region.")
+@click.option("--site", default="", help="This site.")
+@click.option("--queue", default="", help="This computing queue.")
+@click.option("--name", default="")
+@click.option("--label", default="user", show_default=True)
+@click.option("--cores", type=int, default=1, show_default=True)
+@click.option("--memory-mb", type=int, default=0, help="0: does not matter.")
+@click.option("--disk-mb", type=int, default=0)
+@click.option("--walltime", "walltime_s", type=int, default=0, help="Seconds.")
+@click.option("--priority", type=int, default=None)
+@click.option("--max-attempts", type=int, default=3, show_default=True)
+@click.option("--count", type=click.IntRange(1, 2000), default=1, show_default=True, help="So many copies of it.")
+@click.option("--key", default="", help="Idempotency key: the same key and jobs give the same ids.")
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
+def submit(
+    folder: Path, *, authority: str, output: str, count: int, key: str, argv: tuple[str, ...], **fields: Any
+) -> None:
+    """Submit a job that runs ARGV; the ids are printed.
+
+    \b
+    Examples:
+      culm job submit --site BNL -- echo hi
+      culm job submit --region EU --memory-mb 2000 --walltime 60 --count 10 -- sh -c 'hostname; sleep 1'
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        spec = msgspec.convert(given | {"argv": list(argv)}, JobSpec)
+    except msgspec.ValidationError as error:
+        raise ClientFault("bad_job", str(error)) from None
+    request = SubmitRequest(idempotency_key=key or secrets.token_hex(12), jobs=[spec] * count)
+
+    async def ask() -> Any:
+        async with router(folder, authority=authority) as client:
+            return await client.submit(request)
+
+    answer = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+    else:
+        click.echo("\n".join(map(str, answer.ids)))
+
+
+@job.command("list")
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--region", default="")
+@click.option("--site", default="")
+@click.option("--state", type=click.Choice([state.value for state in State]), default=None)
+@click.option("--owner", default="")
+@click.option("--jobset", type=int, default=None)
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+@click.option("--after", type=int, default=0, help="The last id of the page before.")
+def list_jobs(folder: Path, authority: str, output: str, state: str | None, **filters: Any) -> None:
+    """List jobs over all shards, in the order of the id; shards that gave no answer are named."""
+    query = JobsQuery(state=State(state) if state else None, **filters)
+
+    async def ask() -> Any:
+        async with router(folder, authority=authority) as client:
+            return await client.jobs(query)
+
+    page = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(page))
+        return
+    if not page.jobs:
+        click.echo("no jobs" + ("" if not page.missing_shards else " on the shards that answered"))
+    else:
+        Console().print(_table(page.jobs))
+    if page.next is not None:
+        click.echo(f"more: --after {page.next}", err=True)
+    if page.missing_shards:
+        click.echo(f"no answer from: {', '.join(page.missing_shards)}", err=True)
+
+
+@job.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.argument("job_id", type=int)
+def show(folder: Path, authority: str, output: str, job_id: int) -> None:
+    """Show one job with its history and reports."""
+
+    async def ask() -> Any:
+        async with router(folder, authority=authority) as client:
+            return await client.job(job_id)
+
+    view = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(view))
+        return
+    console = Console()
+    console.print(_table([view.job]))
+    table = Table("n", "event", "from", "to", "attempt", "by", "detail")
+    for event in view.history:
+        source = event.source.value if event.source else ""
+        table.add_row(
+            str(event.n), event.event.value, source, event.target.value, str(event.attempt), event.actor, event.detail
+        )
+    console.print(table)
+    for report in view.reports:
+        console.print(f"attempt {report.attempt}: {report.state.value}, exit code {report.exit_code}")
+        if report.error:
+            console.print(f"  {report.error.plane} {report.error.code}: {report.error.text}", markup=False)
+        for name, text in (("stdout", report.stdout_tail), ("stderr", report.stderr_tail)):
+            if text:
+                console.print(f"  {name}:\n{text.rstrip()}", markup=False, highlight=False)
+
+
+@job.command()
+@DIR
+@AUTHORITY
+@click.option("--jobset", type=int, default=None, help="All jobs of it.")
+@click.argument("ids", nargs=-1, type=int)
+def kill(folder: Path, authority: str, jobset: int | None, ids: tuple[int, ...]) -> None:
+    """End jobs by id, or a whole jobset. Running payloads end at their next heartbeat."""
+
+    async def ask() -> Any:
+        async with router(folder, authority=authority) as client:
+            return await client.cancel(CancelRequest(ids=list(ids), jobset=jobset))
+
+    answer = asyncio.run(ask())
+    for one in answer.jobs:
+        click.echo(f"{one.id} {one.outcome}")
+    if answer.missing_shards:
+        raise ClientFault(
+            "missing_shards", f"no answer from: {', '.join(answer.missing_shards)}; repeat", http_status=503
+        )
+
+
+def _table(rows: list[JobRow]) -> Table:
+    table = Table("id", "state", "site", "queue", "owner", "priority", "attempt", "host")
+    for row in rows:
+        attempt = f"{row.attempt}/{row.max_attempts}"
+        table.add_row(
+            str(row.id), row.state.value, row.site, row.queue, row.owner, str(row.priority), attempt, row.host
+        )
+    return table

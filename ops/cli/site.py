@@ -1,0 +1,112 @@
+"""`culm site list|show|set`, `culm topology show`."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from culm.errors import ClientFault
+from culm.topology import Topology
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
+from router.registry import ChangedAnswer, QueueRequest, TopologyAnswer
+
+
+@click.group()
+def site() -> None:
+    """Sites and their computing queues."""
+
+
+@click.group()
+def topology() -> None:
+    """Which slot lives on which shard."""
+
+
+@site.command("list")
+@DIR
+@OUTPUT
+def list_sites(folder: Path, output: str) -> None:
+    """List all sites with their shard."""
+    known = _topology(folder)
+    if output == "json":
+        click.echo(msgspec.json.encode(known.sites))
+        return
+    table = Table("site", "region", "shard", "queues", "online")
+    for name, one in sorted(known.sites.items()):
+        online = sum(queue.status == "online" for queue in one.queues.values())
+        table.add_row(name, one.region, known.place(one.slots[0]).shard, str(len(one.queues)), str(online))
+    Console().print(table)
+
+
+@site.command()
+@DIR
+@click.argument("name")
+def show(folder: Path, name: str) -> None:
+    """Show one site with its computing queues, as JSON."""
+    click.echo(msgspec.json.format(msgspec.json.encode(_topology(folder).site(name))))
+
+
+@site.command("set")
+@DIR
+@AUTHORITY
+@click.option("--reason", default="", help="Kept in the audit; marks a status as set by hand.")
+@click.argument("queue")
+@click.argument("changes", nargs=-1, required=True)
+def set_fields(folder: Path, authority: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
+    """Change fields of a computing queue.
+
+    \b
+    Examples:
+      culm site set BNL-q status=offline --reason "cooling"
+      culm site set BNL-q memory_mb=8000
+    """
+    wanted: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ClientFault("bad_queue", f"{change!r} is not FIELD=VALUE")
+        wanted[name] = int(value) if value.lstrip("-").isdecimal() else value
+
+    async def ask() -> ChangedAnswer:
+        async with router(folder, "admin", authority=authority) as client:
+            request = QueueRequest(queue=queue, changes=wanted, reason=reason)
+            return await client.post("queue", request, ChangedAnswer)
+
+    click.echo(f"epoch {asyncio.run(ask()).epoch}")
+
+
+@topology.command("show")
+@DIR
+@OUTPUT
+def show_topology(folder: Path, output: str) -> None:
+    """Show every section: its epoch, shards and regions."""
+    known = _topology(folder)
+    if output == "json":
+        click.echo(msgspec.json.encode(list(known.sections.values())))
+        return
+    table = Table("authority", "epoch", "shard", "slots", "regions", "link")
+    for section in known.sections.values():
+        for name, shard in section.shards.items():
+            slots = sum(place.shard == name for place in section.placement.values())
+            regions = [region for region, one in section.regions.items() if name in one.shards]
+            table.add_row(
+                section.authority,
+                str(section.epoch),
+                name,
+                str(slots),
+                ", ".join(regions),
+                shard.link,
+                end_section=False,
+            )
+    Console().print(table)
+
+
+def _topology(folder: Path) -> Topology:
+    async def ask() -> TopologyAnswer:
+        async with router(folder, "admin") as client:
+            return await client.get("topology", {}, TopologyAnswer)
+
+    return Topology(asyncio.run(ask()).sections)

@@ -1,0 +1,67 @@
+"""`culm token issue|list`."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from culm.errors import ClientFault
+from culm.tokens import KeyRing
+from culm.wire import Principal
+from ops.cli.options import AUTHORITY, DIR
+from ops.cluster.layout import Layout
+
+
+@click.group()
+def token() -> None:
+    """Signed tokens of pilots, users and admins."""
+
+
+@token.command()
+@DIR
+@AUTHORITY
+@click.option("--vo", default="", help="The virtual organisation of a user.")
+@click.option("--group", "groups", multiple=True, help="A working group of a user.")
+@click.option("--role", "roles", multiple=True, help="production, or manager:GROUP.")
+@click.option("--queue", "queues", multiple=True, help="A computing queue of a pilot, or PREFIX*.")
+@click.option("--days", type=click.FloatRange(min=0.0, max=3650.0, min_open=True), default=30.0, show_default=True)
+@click.argument("kind", type=click.Choice(["pilot", "user", "admin"]))
+@click.argument("subject")
+def issue(
+    folder: Path,
+    *,
+    authority: str,
+    vo: str,
+    days: float,
+    kind: Literal["pilot", "user", "admin"],
+    subject: str,
+    **several: tuple[str, ...],
+) -> None:
+    """Print a token for SUBJECT.
+
+    \b
+    Examples:
+      culm token issue user ann --vo atlas --group phys-higgs
+      culm token issue pilot bnl-pilots --queue 'BNL*' --days 7
+    """
+    layout = Layout(folder)
+    ring = KeyRing(layout.keys / authority, layout.trusted, authority)
+    if not ring.kids():
+        raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {authority}", http_status=404)
+    lists = {name: list(values) for name, values in several.items()}
+    if kind == "pilot" and not lists["queues"]:
+        raise ClientFault("bad_token", "a pilot's token needs --queue")
+    click.echo(ring.issue(Principal(role=kind, subject=subject, authority=authority, vo=vo, **lists), days * 86_400))
+    sys.stderr.write("whoever has it may act: keep it in a file of mode 0600\n" if sys.stderr.isatty() else "")
+
+
+@token.command("list")
+@DIR
+def list_tokens(folder: Path) -> None:
+    """List the signing keys and the cluster's own tokens; never their text."""
+    layout = Layout(folder)
+    for path in sorted(layout.trusted.glob("*.pub")):
+        click.echo(f"key    {path.stem}")
+    for path in sorted(layout.tokens.glob("*")):
+        click.echo(f"token  {path.name}")
