@@ -236,12 +236,17 @@ class Dispatcher:
         hints: list[list[Hint]] = [[] for _ in groups]
         if not asked:
             return hints
+        n_begun = parts.refill.n_begun
         try:
             taken = await parts.queue.take([Wanted(groups[number][1], groups[number][0]) for number in asked])
         except QueueLostError:
             parts.refill.lost()
             return hints
         parts.refill.mark(taken.low)
+        if parts.refill.n_begun != n_begun:
+            # A refill has emptied a class meanwhile: what was taken may not be the best. InnoDB knows.
+            parts.refill.mark(key for number in asked for key in groups[number][0])
+            return hints
         for number, some in zip(asked, taken.hints, strict=True):
             hints[number] = some
         return hints

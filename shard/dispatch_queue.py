@@ -116,6 +116,18 @@ class DispatchQueue:
         if arguments:
             await self._call("remove", arguments)
 
+    async def everything(self) -> list[Hint]:
+        """Every hint that is stored, for the audit. Raises QueueLostError. Safe to retry: yes."""
+        found: list[Hint] = []
+        try:
+            async for name in self._redis.scan_iter(match=f"{self._prefix}ready:*", count=1000):
+                key = _key(name.removeprefix(f"{self._prefix}ready:".encode()))
+                pairs: list[Any] = await self._redis.zrange(name, 0, -1, withscores=True) if key else []
+                found += [Hint(int(score), int(member), key) for member, score in pairs if key and member.isdigit()]
+        except (RedisError, OSError) as error:
+            raise QueueLostError("everything") from error
+        return found
+
     async def close(self) -> None:
         """Close the connections."""
         await self._redis.aclose()

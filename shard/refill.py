@@ -16,7 +16,7 @@ from shard.database import Database, Row
 from shard.dispatch_queue import DispatchQueue, QueueLostError
 from shard.hints import ClassKey, Hint
 
-SWEPT_PER_TURN = 5
+SWEPT_PER_TURN = 10
 
 log = logging.getLogger("shard.refill")
 
@@ -31,13 +31,17 @@ class Refill:
         self._queue = queue
         self._classes = classes
         self._settings = settings
+        self.n_begun = 0
+        """Grows with every refill that begins: a take that crosses one cannot be relied on."""
         self._dirty: set[ClassKey] = set()
+        self._refilling: set[ClassKey] = set()
         self._wanted = asyncio.Event()
         self._sweep: deque[ClassKey] = deque()
 
     def clean(self, keys: Iterable[ClassKey]) -> bool:
         """Whether all of these may be taken from Redis."""
-        return bool(self._queue.generation) and self._dirty.isdisjoint(keys)
+        keys = set(keys)
+        return bool(self._queue.generation) and self._dirty.isdisjoint(keys) and self._refilling.isdisjoint(keys)
 
     def mark(self, keys: Iterable[ClassKey]) -> None:
         """These need a refill."""
@@ -73,15 +77,19 @@ class Refill:
                 self._wanted.set()
 
     async def sweep(self) -> None:
-        """Refresh a few active classes, in turn, in case a hint was lost without a trace. Raises Unavailable."""
+        """Refresh a few classes, in turn: a hint may be lost, or left over, without a trace. Raises Unavailable."""
         await self.load()
         if not self._sweep:
             self._sweep.extend(self._classes.active())
+            self._sweep.extend(self._classes.ceased())
         self.mark(self._sweep.popleft() for _ in range(min(SWEPT_PER_TURN, len(self._sweep))))
 
     async def _refill(self, key: ClassKey) -> None:
         generation, cap = self._queue.generation, self._settings.cap
+        # Not dirty any more: what marks it from here on wants another refill. Not clean before the end of this one.
         self._dirty.discard(key)
+        self._refilling.add(key)
+        self.n_begun += 1
         try:
             await self._queue.open_refill(key)
             announced = self._classes.announced(key)
@@ -95,6 +103,8 @@ class Refill:
         except BaseException:
             self._dirty.add(key)
             raise
+        finally:
+            self._refilling.discard(key)
         if self._queue.generation != generation:
             self._dirty.add(key)
 

@@ -97,11 +97,11 @@ answer[#answer + 1] = low
 return answer
 
 -- name: open_refill
--- ARGV[2]: class. Until close_refill everything pushed is kept: it may rank above what the refill is about to read.
+-- ARGV[2]: class. It is emptied, of stale hints too, and until close_refill everything pushed is kept: that may rank
+-- above what the refill is about to read. Nothing is taken from it meanwhile.
 if stored == '' or stored ~= known then return {-1, stored} end
 if redis.call('TYPE', prefix .. 'floors').ok ~= 'hash' then redis.call('DEL', prefix .. 'floors') end
-local kind = redis.call('TYPE', ready(ARGV[2])).ok
-if kind ~= 'zset' and kind ~= 'none' then redis.call('DEL', ready(ARGV[2])) end
+redis.call('DEL', ready(ARGV[2]))
 redis.call('HDEL', prefix .. 'floors', ARGV[2])
 return {0}
 

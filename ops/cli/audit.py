@@ -1,0 +1,69 @@
+"""`culm audit`: what must always be true, checked on the stored data."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from culm import settings, topology_store
+from culm.errors import ClientFault
+from ops import audit as auditing
+from ops.cli import exits
+from ops.cli.options import DIR, OUTPUT
+
+
+@click.command()
+@DIR
+@OUTPUT
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A shard's settings; repeat it for each.  [default: the shards of --dir]",
+)
+def audit(folder: Path, output: str, configs: tuple[Path, ...]) -> None:
+    """Check the stored data of all shards: nothing lost, nothing twice, every count right. Reads only.
+
+    Exit code 6 if anything was found. It may run beside live traffic.
+
+    \b
+    Examples:
+      culm audit
+      culm audit -o json
+    """
+    report = run(folder, configs)
+    if output == "json":
+        click.echo(msgspec.json.encode(report))
+    else:
+        console = Console()
+        states = ", ".join(f"{n} {state}" for state, n in report.states.items()) or "no jobs"
+        console.print(f"{report.n_jobs} jobs on {', '.join(report.shards)}: {states}", highlight=False)
+        if report.findings:
+            table = Table("invariant", "rule", "shard", "job or slot", "what")
+            for one in report.findings:
+                table.add_row(one.invariant, one.rule, one.shard, str(one.subject), one.text)
+            console.print(table)
+        n_findings = len(report.findings)
+        console.print("audit: nothing found" if not n_findings else f"audit: {n_findings} findings", highlight=False)
+    if report.findings:
+        sys.exit(exits.FINDINGS)
+
+
+def run(folder: Path, configs: tuple[Path, ...] = ()) -> auditing.AuditReport:
+    """Audit the cluster in a folder. Raises ClientFault(no_cluster), Unavailable."""
+    shards = [_shard(path) for path in configs]
+    if not shards:
+        known = topology_store.load(folder / "topology").shards if (folder / "topology").is_dir() else {}
+        shards = [_shard(folder / "config" / f"{name}.toml") for name in known]
+    if not shards:
+        raise ClientFault("no_cluster", f"{folder} holds no cluster", http_status=404)
+    return asyncio.run(auditing.audit(shards, topology_store.load(Path(shards[0].topology_dir))))
+
+
+def _shard(path: Path) -> settings.ShardSettings:
+    return settings.load(path, settings.ShardSettings, prefix="CULM_SHARD_")
