@@ -25,6 +25,7 @@ _COMMANDS: Final = {
     "topology": ("ops.cli.site", "which slot lives on which shard"),
     "token": ("ops.cli.token", "signed tokens"),
     "counts": ("ops.cli.counts", "the merged counts of all shards"),
+    "replay": ("ops.cli.replay", "a slice of a real grid's log through the cluster"),
     "audit": ("ops.cli.audit", "check the stored data: nothing lost, nothing twice"),
     "pilot": ("ops.cli.pilot", "run a pilot, build its zipapp"),
 }

@@ -1,4 +1,4 @@
-"""`culm site list|show|set`, `culm topology show`."""
+"""`culm site import|list|show|set`, `culm topology show`."""
 
 import asyncio
 from pathlib import Path
@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from culm.errors import ClientFault
-from culm.topology import Topology
+from culm.topology import CENTRAL, SiteRegistration, Topology
+from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
-from router.registry import ChangedAnswer, QueueRequest, TopologyAnswer
+from router.registry import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
 
 
 @click.group()
@@ -78,6 +79,37 @@ def set_fields(folder: Path, authority: str, reason: str, queue: str, changes: t
     click.echo(f"epoch {asyncio.run(ask()).epoch}")
 
 
+@site.command("import")
+@DIR
+@click.option("--reason", default="", help="Kept in the audit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be registered, change nothing.")
+@click.argument("catalogue_file", type=click.Path(dir_okay=False, exists=True, path_type=Path))
+def import_sites(folder: Path, reason: str, dry_run: bool, catalogue_file: Path) -> None:
+    """Register the sites and computing queues of a catalogue (CSV, PanDA's schedconfig columns).
+
+    Sites that are known are brought up to date; a status that an operator set with a reason stays. A region nobody
+    knows goes to the centre. May be repeated.
+
+    \b
+    Examples:
+      culm site import schedconfig.csv --dry-run
+      culm site import schedconfig.csv --reason "catalogue of May"
+    """
+    found = catalogue.read(catalogue_file)
+    before = _topology(folder)
+    by_authority: dict[str, list[SiteRegistration]] = {}
+    for one in found:
+        authority = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
+        by_authority.setdefault(authority, []).append(one)
+    for authority, sites in sorted(by_authority.items()):
+        n_queues = sum(len(one.queues) for one in sites)
+        n_new = sum(one.name not in before.sites for one in sites)
+        told = f"{authority}: {len(sites)} sites ({n_new} new), {n_queues} computing queues"
+        if not dry_run:
+            told += f", epoch {asyncio.run(_register(folder, authority, sites, reason)).epoch}"
+        click.echo(told)
+
+
 @topology.command("show")
 @DIR
 @OUTPUT
@@ -102,6 +134,11 @@ def show_topology(folder: Path, output: str) -> None:
                 end_section=False,
             )
     Console().print(table)
+
+
+async def _register(folder: Path, authority: str, sites: list[SiteRegistration], reason: str) -> ChangedAnswer:
+    async with router(folder, "admin", authority=authority) as client:
+        return await client.post("sites", SitesRequest(sites=sites, reason=reason), ChangedAnswer)
 
 
 def _topology(folder: Path) -> Topology:
