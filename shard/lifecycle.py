@@ -31,7 +31,7 @@ from culm.wire import (
 from shard.database import Database, Transaction
 from shard.hints import Hint
 from shard.ownership import Ownership
-from shard.transitions import Change, Job, Lease, apply, lock_jobs, lock_slots
+from shard.transitions import Change, Job, Lease, Locked, apply, lock_jobs, lock_slots
 
 HEARTBEAT_STATES: Final = LEASED - {State.SENT}
 DATA_EVENTS: Final = frozenset(
@@ -136,7 +136,8 @@ class Lifecycle:
     async def _heartbeat(self, tx: Transaction, call: ShardHeartbeat) -> HeartbeatAnswer:
         await lock_slots(tx, [call.at])
         request = call.request
-        job, lease = await _lock_leased(tx, call.principal, request.id, (request.attempt, request.lease_token))
+        locked = await lock_jobs(tx, [request.id])
+        job, lease = _leased_to(locked, call.principal, request.id, (request.attempt, request.lease_token))
         state = job.state
         event = PILOT_EVENTS[request.state]
         # A heartbeat that was overtaken by a later one says nothing new: the state never goes back.
@@ -153,10 +154,12 @@ class Lifecycle:
         if call.request.event is not None:
             return await self._report_of_data(tx, call)
         request = call.request
+        locked = await lock_jobs(tx, [request.id])
+        # After the lock: of equal reports at once, all but the first find what the first has left.
         first = await _first_answer(tx, request)
         if first is not None:
             return first, []
-        job, lease = await _lock_leased(tx, call.principal, request.id, (request.attempt, request.lease_token))
+        job, lease = _leased_to(locked, call.principal, request.id, (request.attempt, request.lease_token))
         event = PILOT_EVENTS[request.state or State.SENT]
         if event is Event.RELEASE and job.cancel_requested:
             event = Event.CANCEL
@@ -251,11 +254,8 @@ class Lifecycle:
         return [SlotRef(slot, self._ownership.open.get(slot, 0)) for slot in {slot_of(i) for i in ids}]
 
 
-async def _lock_leased(
-    tx: Transaction, principal: Principal, identifier: int, held: tuple[int, str]
-) -> tuple[Job, Lease]:
+def _leased_to(locked: Locked, principal: Principal, identifier: int, held: tuple[int, str]) -> tuple[Job, Lease]:
     """The job and its lease, if this (attempt, token) holds it."""
-    locked = await lock_jobs(tx, [identifier])
     job, lease = locked.jobs.get(identifier), locked.leases.get(identifier)
     if job is None:
         raise _unknown(identifier)
