@@ -173,7 +173,8 @@ class Dispatcher:
     # --- one batch
 
     async def _work(self) -> None:
-        while True:
+        # Not until it is cancelled: redis-py can swallow that (see service.Loops).
+        while not self._stopping:
             await self._arrived.wait()
             batch = self._next_batch()
             if batch:

@@ -1,5 +1,7 @@
 """What every service process does alike, with real sockets and a real process."""
 
+import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -115,3 +117,17 @@ def test_a_signal_ends_a_service_in_good_order(folder: Path, number: signal.Sign
         process.kill()
         process.wait()
     assert down.exists()
+
+
+async def test_a_loop_ends_also_when_a_library_swallows_its_cancellation() -> None:
+    loops, begun = Loops(), asyncio.Event()
+
+    async def turn() -> None:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    loops.every(0.001, "test-swallowing", turn)
+    await begun.wait()
+    async with asyncio.timeout(DEADLINE_S):
+        await loops.stop()
