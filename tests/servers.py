@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -68,6 +69,24 @@ class Server:
             except OSError:
                 return False
         return True
+
+
+def free_ports(n_ports: int) -> int:
+    """The first of `n_ports` consecutive ports of loopback that nobody uses; below the kernel's ephemeral range."""
+    for _ in range(1000):
+        first = random.randrange(20_000, 32_000)
+        if all(map(_is_free, range(first, first + n_ports))):
+            return first
+    raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def folder() -> "tempfile.TemporaryDirectory[str]":

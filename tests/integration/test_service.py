@@ -16,10 +16,11 @@ import pytest
 from culm import telemetry
 from culm.errors import Unavailable
 from culm.service import Loops, side_http
+from tests.servers import free_ports
 from tests.waiting import eventually, eventually_sync
 
 DEADLINE_S = 5.0
-PORT = 26_320
+PORT = free_ports(1)
 
 
 @pytest.fixture

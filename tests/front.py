@@ -1,0 +1,80 @@
+"""A router in the test's event loop, over a running partition, spoken to over real HTTP."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from culm.client import Client
+from culm.link import LinkOptions
+from culm.settings import RouterSettings
+from culm.shard_links import ShardLinks
+from culm.tokens import KeyRing, Verifier
+from culm.topology_store import TopologyCache
+from culm.wire import Principal
+from router.app import Front
+from router.forward import Forward
+from tests.partition import PILOT, USER, Partition
+from tests.servers import free_ports
+from tests.waiting import eventually
+
+TOKEN_S = 600.0
+CONNECT_S = 10.0
+
+
+@dataclass
+class RunningFront:
+    """A router and the key ring of its authority."""
+
+    url: str
+    ring: KeyRing
+    forward: Forward
+    folder: Path
+    """Beside the topology: `keys/` and `trusted/` of this router."""
+
+    def token(self, principal: Principal, valid_s: float = TOKEN_S) -> str:
+        """A token that this router trusts."""
+        return self.ring.issue(principal, valid_s)
+
+    def client(self, principal: Principal = USER, **options: Any) -> Client:
+        """A client; use it as a context manager."""
+        return Client(self.url, self.token(principal), **options)
+
+    def token_file(self, principal: Principal = PILOT) -> Path:
+        """A token in a file, as a pilot wants it."""
+        path = self.folder / f"{principal.subject}.token"
+        path.touch(mode=0o600)
+        path.write_text(self.token(principal), encoding="utf-8")
+        return path
+
+
+@asynccontextmanager
+async def front(shard: Partition, **settings: Any) -> AsyncIterator[RunningFront]:
+    """A router over one partition's topology; `settings` are fields of RouterSettings."""
+    folder = Path(shard.settings.topology_dir).parent
+    ring = KeyRing(folder / "keys", folder / "trusted", "central")
+    ring.ensure()
+    port = free_ports(1)
+    values = {"topology_dir": shard.settings.topology_dir, "trusted_keys_dir": str(folder / "trusted"), "port": port}
+    options = RouterSettings(**(values | settings))
+    topology = TopologyCache(options.topology_dir)
+    links = ShardLinks(lambda: topology.current, LinkOptions(stall_s=options.link_stall_s, window=options.link_window))
+    forward = Forward(topology, links, options.forward_deadline_s)
+    app = Front(options, forward, Verifier(options.trusted_keys_dir)).app(_ready)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    await links.refresh()
+    try:
+        await web.TCPSite(runner, options.host, port).start()
+        await eventually(lambda: all(link.connected for link in links._links.values()), CONNECT_S, what="linked")
+        yield RunningFront(f"http://127.0.0.1:{port}", ring, forward, folder)
+    finally:
+        await runner.cleanup()
+        await links.stop()
+
+
+async def _ready() -> str:
+    return ""
