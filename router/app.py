@@ -32,6 +32,8 @@ M = TypeVar("M", bound=msgspec.Struct)
 Answerer = Callable[[Principal, web.Request], Awaitable[msgspec.Struct]]
 
 OTHER: Final = "other"
+VERB: Final = web.RequestKey("verb", str)
+"""What the metrics call the request."""
 
 
 class Front:
@@ -68,7 +70,7 @@ class Front:
     async def _get_job(self, request: web.Request) -> web.StreamResponse:
         """Written here, not by the framework: a client that is gone by now gives its jobs back at once."""
         principal = self._principal(request)
-        request["verb"] = "get_job"
+        request[VERB] = "get_job"
         message = await dialects.decode(request, GetJobRequest)
         answer = await pilots.get_job(self._forward, principal, message)
         dialect = dialects.answer_dialect(request)
@@ -81,7 +83,7 @@ class Front:
         finally:
             if answer.jobs and not written:
                 self.orphans.unsent(self._shards_of(answer), principal, message)
-        request["verb"] = "get_job" if answer.jobs else "get_job_empty"
+        request[VERB] = "get_job" if answer.jobs else "get_job_empty"
         return response
 
     def _shards_of(self, answer: GetJobAnswer) -> list[str]:
@@ -113,7 +115,7 @@ class Front:
 
     def _handler(self, verb: str, answer: Answerer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
-            request["verb"] = verb
+            request[VERB] = verb
             # The token before the body: a stranger cannot make us read or decode anything.
             principal = self._principal(request)
             return dialects.encode(dialects.answer_dialect(request), await answer(principal, request))
@@ -150,7 +152,7 @@ class Front:
                 dialects.answer_dialect(request), Bug("the request failed, see the router's log")
             )
         finally:
-            telemetry.REQUESTS.labels(request.get("verb", OTHER), outcome).observe(time.perf_counter() - started)
+            telemetry.REQUESTS.labels(request.get(VERB, OTHER), outcome).observe(time.perf_counter() - started)
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> CulmError:
