@@ -8,10 +8,12 @@ import aiohttp
 import msgspec
 
 from culm.errors import ClientFault, CulmError, Unavailable
+from culm.frames import error_from_body
 from culm.wire import (
     CancelAnswer,
     CancelRequest,
     CountsAnswer,
+    ErrorBody,
     GetJobAnswer,
     GetJobRequest,
     HeartbeatAnswer,
@@ -136,19 +138,14 @@ class Client:
 
 
 def error_of(status: int, body: bytes) -> CulmError:
-    """The error of an answer that is not 200."""
+    """The error of an answer that is not 200, of the kind that the router raised."""
     try:
-        told = msgspec.json.decode(body)["error"]
-        error = CulmError(
-            told["code"],
-            told["message"],
-            http_status=status,
-            retry_after_s=told.get("retry_after_s"),
-            details=told.get("details"),
-        )
-        error.retryable = bool(told["retryable"])
-    except (msgspec.DecodeError, KeyError, TypeError):
+        return error_from_body(msgspec.json.decode(body, type=_Envelope).error)
+    except msgspec.DecodeError:
         if status >= 500:
             return Unavailable("bad_answer", f"HTTP {status}")
         return ClientFault("bad_answer", f"HTTP {status}", http_status=status)
-    return error
+
+
+class _Envelope(msgspec.Struct):
+    error: ErrorBody

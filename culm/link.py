@@ -161,7 +161,7 @@ class _Call:
 class LinkOptions:
     """How a client of the link behaves."""
 
-    stall_s: float = 1.0
+    stall_s: float = 0.6
     """No byte for so long after a ping: the shard is taken for dead."""
     window: int = 4096
     """Calls under way at most; beyond it Unavailable(overloaded)."""

@@ -53,8 +53,8 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     """Public keys of every authority whose tokens are accepted; read again when an unknown key id shows up."""
     forward_deadline_s: Seconds = 10.0
     """How long a forwarded request may take, beyond the time a get_job asked to wait."""
-    link_stall_s: Seconds = 1.0
-    """A shard that answers no ping for so long is taken for dead: its requests are answered 503."""
+    link_stall_s: Seconds = 0.6
+    """A shard that answers no ping for so long is taken for dead; its requests are answered 503 after 1.5 times it."""
     link_window: Count = 4096
     """Requests under way on one link; beyond it 503."""
     max_connections: Count = 20_000
@@ -182,7 +182,7 @@ class MonitorSettings(Settings, frozen=True, kw_only=True):
     """Public keys of every authority whose tokens are accepted."""
     shard_deadline_s: Seconds = 0.8
     """How long a shard may take to answer; later it is named as missing."""
-    link_stall_s: Seconds = 1.0
+    link_stall_s: Seconds = 0.6
     """A shard that answers no ping for so long is taken for dead."""
     topology_poll_s: Seconds = 0.5
     """How often the topology is looked at for a newer epoch."""

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from culm.client import Client
-from culm.errors import Conflict, CulmError
+from culm.errors import Conflict
 from culm.states import FINAL, State
 from culm.wire import (
     MAX_JOBS_PER_SUBMIT,
@@ -214,10 +214,6 @@ class Replay:
             await asyncio.sleep(float(spec.environment[RUN_KEY]))
             await client.report(_report_of(grant, State.FINISHED))
         except Conflict:
-            self.refused += 1
-        except CulmError as error:
-            if error.http_status != 409:
-                raise
             self.refused += 1
         else:
             self.ended[grant.id] += 1

@@ -20,26 +20,35 @@ from ops.cluster.layout import Layout
 @click.command()
 @DIR
 @PORT
-def up(folder: Path, port: int | None) -> None:
+@click.option("--foreground", is_flag=True, help="Stay until SIGTERM or Ctrl-C, then end the cluster.")
+def up(folder: Path, port: int | None, *, foreground: bool) -> None:
     """Start a cluster on this machine: a router, three shards with their databases, the monitor.
 
     \b
     Examples:
       culm up
       culm up --dir /data/second --port 26080
+      culm up --foreground
     """
+    if foreground:
+        control.become(_layout(folder, port))
     start(folder, port)
 
 
 def start(folder: Path, port: int | None) -> Layout:
     """Start, with a spinner; the layout of what runs."""
-    known = control.status(folder)
-    layout = Layout(folder, port or (known.port if known else 0) or Layout(folder).port)
+    layout = _layout(folder, port)
     console = Console(stderr=True)
     with console.status("starting") as spinner:
         control.up(layout, spinner.update)
     console.print(f"up: router {layout.router_url}, monitor {layout.monitor_url}, in {folder}")
     return layout
+
+
+def _layout(folder: Path, port: int | None) -> Layout:
+    """At the port that was asked for, else where the cluster was before."""
+    known = control.status(folder)
+    return Layout(folder, port or (known.port if known else 0) or Layout(folder).port)
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import msgspec
 
@@ -73,27 +72,28 @@ def up(layout: Layout, progress: Callable[[str], None]) -> Status:
 
     Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed). Safe to retry: yes.
     """
-    told = status(layout.folder)
-    if told is not None and told.alive and told.phase in ENDING:
-        _wait_end(told)
-        told = None
-    if told is not None and told.alive:
-        if told.port != layout.port:
-            raise Conflict("runs_elsewhere", f"the cluster in {layout.folder} is up at port {told.port}")
+    if _runs_already(layout):
         return _wait_up(layout, None, progress)
-    make_private(layout.folder)
-    for port in (layout.port, layout.port + 1):
-        _require_free(port)
-    layout.status.unlink(missing_ok=True)
     with (layout.folder / "supervisor.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ops.cluster.supervisor", str(layout.folder), str(layout.port)],
+            _supervisor(layout),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
     return _wait_up(layout, process, progress)
+
+
+def become(layout: Layout) -> NoReturn:
+    """Turn this process into the cluster's supervisor: what ends it ends the cluster.
+
+    Raises Conflict(runs_already, runs_elsewhere, port_busy).
+    """
+    if _runs_already(layout):
+        raise Conflict("runs_already", f"the cluster in {layout.folder} is up: culm down --dir {layout.folder}")
+    command = _supervisor(layout)
+    os.execv(command[0], command)  # noqa: S606  # no shell: our own interpreter
 
 
 def down(folder: Path) -> bool:
@@ -104,8 +104,28 @@ def down(folder: Path) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(told.pid, signal.SIGTERM)
     _wait_end(told)
-    shutil.rmtree(Layout(folder, told.port).sockets, ignore_errors=True)
     return True
+
+
+def _runs_already(layout: Layout) -> bool:
+    """Whether it is up or coming up; if not, what it needs is free. Raises Conflict, ClientFault."""
+    told = status(layout.folder)
+    if told is not None and told.alive and told.phase in ENDING:
+        _wait_end(told)
+        told = None
+    if told is not None and told.alive:
+        if told.port != layout.port:
+            raise Conflict("runs_elsewhere", f"the cluster in {layout.folder} is up at port {told.port}")
+        return True
+    make_private(layout.folder)
+    for port in (layout.port, layout.port + 1):
+        _require_free(port)
+    layout.status.unlink(missing_ok=True)
+    return False
+
+
+def _supervisor(layout: Layout) -> list[str]:
+    return [sys.executable, "-P", "-m", "ops.cluster.supervisor", str(layout.folder), str(layout.port)]
 
 
 def _wait_end(told: Status) -> None:

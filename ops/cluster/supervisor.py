@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -202,7 +203,10 @@ def main() -> int:
             failed = {"phase": "failed", "failure": error.message, "pid": os.getpid(), "port": layout.port}
             layout.status.write_text(json.dumps(failed | {"processes": []}), encoding="utf-8")
             return 1
-        return asyncio.run(_run(layout, processes))
+        try:
+            return asyncio.run(_run(layout, processes))
+        finally:
+            shutil.rmtree(layout.sockets, ignore_errors=True)
 
 
 async def _run(layout: Layout, processes: list[Process]) -> int:

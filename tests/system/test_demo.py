@@ -1,0 +1,73 @@
+"""The two front doors: the demo on a fresh folder, and the command line on what it leaves."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ops.cluster.layout import Layout
+from tests import servers
+from tests.cluster import ROOT, culm, decoded, processes_of
+
+pytestmark = pytest.mark.system
+CATALOGUE = ROOT.parent / "shared" / "data" / "schedconfig-2009.csv"
+LOG = ROOT.parent / "shared" / "data" / "LCG-2005-1.swf.gz"
+needs_data = pytest.mark.skipif(
+    not LOG.exists(), reason="the real queues and the grid's log are not beside the checkout"
+)
+
+
+def test_the_demo_runs_sixty_jobs_and_leaves_a_clean_cluster(folder: Path) -> None:
+    port = servers.free_ports(2)
+    try:
+        shown = culm("demo", "--port", str(port), folder=folder, timeout_s=180.0, cwd="/")
+        assert shown.returncode == 0, shown.stderr
+        assert "60 finished" in shown.stdout
+        assert f"http://127.0.0.1:{port}" in shown.stdout
+        assert len(re.findall(r"^  culm ", shown.stdout, re.MULTILINE)) == 3
+        counts = decoded(culm("counts", "-o", "json", folder=folder))
+        assert counts["total"] == {"finished": 60}
+        assert {region: row["finished"] for region, row in counts["by_region"].items()} == {
+            "US": 20, "EU": 20, "CERN": 20,
+        }  # fmt: skip
+        assert counts["missing_shards"] == []
+        assert decoded(culm("audit", "-o", "json", folder=folder))["findings"] == []
+        again = culm("demo", folder=folder, timeout_s=180.0)
+        assert again.returncode == 0, again.stderr
+        assert decoded(culm("counts", "-o", "json", folder=folder))["total"] == {"finished": 120}
+    finally:
+        culm("down", folder=folder)
+        shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
+    assert processes_of(folder) == []
+
+
+@needs_data
+def test_real_queues_and_a_slice_of_a_real_log_go_through(folder: Path) -> None:
+    try:
+        assert culm("up", "--port", str(servers.free_ports(2)), folder=folder, timeout_s=120.0).returncode == 0
+        imported = culm("site", "import", str(CATALOGUE), "--reason", "test", folder=folder)
+        assert imported.returncode == 0, imported.stderr
+        assert sum(map(int, re.findall(r"(\d+) computing queues", imported.stdout))) == 965
+        sites = decoded(culm("site", "list", "-o", "json", folder=folder))
+        assert sum(len(site["queues"]) for site in sites.values()) == 965 + 3
+        repeated = culm("site", "import", str(CATALOGUE), folder=folder)
+        assert "(0 new)" in repeated.stdout
+        words = ("replay", str(LOG), "--jobs", "400", "--speed", "200000", "--pilots", "60", "-o", "json")
+        report = decoded(culm(*words, folder=folder, timeout_s=180.0))
+        assert report["submitted"] == report["finished"] == 400
+        assert (report["lost"], report["twice"], report["unfinished"]) == (0, 0, 0)
+        assert decoded(culm("audit", "-o", "json", folder=folder))["findings"] == []
+    finally:
+        culm("down", folder=folder)
+        shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
+
+
+def test_the_front_door_works_through_a_link_from_anywhere(folder: Path) -> None:
+    folder.mkdir()
+    link = folder / "somewhere else"
+    link.symlink_to(ROOT / "bin" / "culm")
+    done = subprocess.run([str(link), "--version"], cwd="/", env=os.environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("culm")
