@@ -30,9 +30,10 @@ T = TypeVar("T")
 RETRIED: Final = frozenset({1020, 1205, 1213})
 """Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
 LOST: Final = frozenset(
-    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055}
+    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 1969, 2002, 2003, 2006, 2013, 2014, 2055}
+    | {3024, 4031}
 )
-"""Server gone, going, read-only or without quorum: reconnect, 503."""
+"""Server gone, going, read-only or without quorum, or the statement was killed there: reconnect, 503."""
 FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
 """Disk or table full."""
 DUPLICATE: Final = 1062
@@ -208,6 +209,9 @@ class _Pool:
             keep = True
         except TimeoutError:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
+        except (OSError, EOFError):
+            self.database.mark(reachable=False)
+            raise Unavailable("database_down", "the connection to the partition's database broke") from None
         except (CulmError, ChangedUnderfootError, MySQLError) as error:
             keep = await self._rolled_back(connection, error)
             raise
