@@ -28,7 +28,7 @@ from shard.database import (
 )
 from shard.migrate import migrate
 from tests import servers
-from tests.partition import Partition, Servers, job, partition
+from tests.partition import Partition, Servers, job, partition, patiently
 from tests.waiting import eventually
 
 T = TypeVar("T")
@@ -362,12 +362,7 @@ class _Traffic:
         self.stopping = False
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
-        while True:
-            try:
-                return await call()
-            except Unavailable as error:
-                self.refused.add(error.code)
-                await asyncio.sleep(0.02)
+        return await patiently(call, DEADLINE_S, self.refused)
 
     async def submitter(self) -> None:
         while not self.stopping:
