@@ -104,9 +104,11 @@ class Lifecycle:
         if call.jobset is None:
             ended = await self._cancel_ids(call.principal, call.ids)
             return CancelAnswer(jobs=ended)
+        # What a moved slot left behind here is not ours to end.
+        slots = tuple(ref.slot for ref in call.slots) or tuple(self._ownership.open)
         ended, after = [], 0
         while True:
-            ids = await self._ids_of_jobset(call.jobset, after)
+            ids = await self._ids_of_jobset(call.jobset, slots, after)
             if not ids:
                 return CancelAnswer(jobs=ended)
             ended += await self._cancel_ids(call.principal, ids)
@@ -231,6 +233,8 @@ class Lifecycle:
             return []
         await lock_slots(tx, self._slots_of(ids))
         locked = await lock_jobs(tx, ids)
+        # Again, now locked: a job may have ended, and be another request's since.
+        still = {row[0] for row in await tx.fetch("leases_of_request", request_id, subject)}
         changes = [
             Change(
                 job=job,
@@ -239,13 +243,13 @@ class Lifecycle:
                 detail=f"the client of request {request_id} was gone",
             )
             for job in locked.jobs.values()
-            if job.state is State.SENT
+            if job.state is State.SENT and job.id in still
         ]
         return await apply(tx, changes)
 
-    async def _ids_of_jobset(self, jobset: int, after: int) -> list[int]:
+    async def _ids_of_jobset(self, jobset: int, slots: tuple[int, ...], after: int) -> list[int]:
         rows = await self._database.run(
-            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, _IDS_PER_TRANSACTION)
+            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, slots, _IDS_PER_TRANSACTION)
         )
         return [row[0] for row in rows]
 

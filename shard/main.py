@@ -100,12 +100,15 @@ class Shard:
         dispatch = self.settings.dispatch
         self._loops.every(self.settings.topology_poll_s, "ownership", self.ownership.adopt)
         self._loops.every(0.01, "refill", self.refill.turn)
-        self._loops.every(dispatch.sweep_interval_s, "sweep", self.refill.sweep)
+        self._loops.every(dispatch.sweep_interval_s, "sweep", self._sweep)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
 
     async def _announce(self, hints: Sequence[Hint]) -> None:
         await self.dispatcher.announce(hints)
+
+    async def _sweep(self) -> None:
+        self.dispatcher.look_again(await self.refill.sweep())
 
     def _fresh_topology(self) -> Topology:
         self.topology.refresh_if_changed()

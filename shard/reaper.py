@@ -73,10 +73,12 @@ class Reaper:
         ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         n_ended = 0
         while ids and not self.waits:
-            hints, n_changed = await self._database.run("write", partial(self._end_leases, ids=ids))
+            hints, changes = await self._database.run("write", partial(self._end_leases, ids=ids))
+            for change in changes:
+                _EXPIRED.labels(change.event).inc()
             await self._announce(hints)
-            n_ended += n_changed
-            if n_changed < BATCH:
+            n_ended += len(changes)
+            if len(changes) < BATCH:
                 break
             ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         return n_ended
@@ -89,9 +91,9 @@ class Reaper:
         for slot, epoch in list(self._ownership.open.items()):
             n_closed += await self._close(SlotRef(slot, epoch), await self._old_ready(slot))
         rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
-        for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0}:
-            at = SlotRef(slot, self._ownership.open.get(slot, 0))
-            n_closed += await self._close(at, await self._old_unready(slot))
+        opened = dict(self._ownership.open)
+        for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0} & opened.keys():
+            n_closed += await self._close(SlotRef(slot, opened[slot]), await self._old_unready(slot))
         return n_closed
 
     async def _old_ready(self, slot: int) -> list[int]:
@@ -122,19 +124,17 @@ class Reaper:
 
         return await self._database.run("write", work)
 
-    async def _end_leases(self, tx: Transaction, ids: Sequence[int]) -> tuple[list[Hint], int]:
+    async def _end_leases(self, tx: Transaction, ids: Sequence[int]) -> tuple[list[Hint], list[Change]]:
         opened = self._ownership.open
         here = [identifier for identifier in ids if slot_of(identifier) in opened]
         if not here:
-            return [], 0
+            return [], []
         await lock_slots(tx, [SlotRef(slot, opened[slot]) for slot in {slot_of(identifier) for identifier in here}])
         # Again, now locked: a heartbeat may have come since.
         expired = [row[0] for row in await tx.fetch("lock_expired", tuple(here))]
         locked = await lock_jobs(tx, expired)
         changes = [_end(job) for job in locked.jobs.values()]
-        for change in changes:
-            _EXPIRED.labels(change.event).inc()
-        return await apply(tx, changes), len(changes)
+        return await apply(tx, changes), changes
 
 
 def _end(job: Job) -> Change:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from culm import topology_store
+from culm.errors import Unavailable
 from culm.link import LinkClient, LinkOptions
 from culm.matching import Offer
 from culm.settings import DatabaseSettings, DispatchSettings, ShardSettings, Timeouts
@@ -51,6 +52,7 @@ from tests.servers import Server
 from tests.waiting import eventually
 
 A = TypeVar("A", bound=msgspec.Struct)
+T = TypeVar("T")
 
 QUEUE = "BNL-q"
 DEADLINE_S = 20.0
@@ -188,6 +190,19 @@ class Partition:
                 return list(await cursor.fetchall())
         finally:
             connection.close()
+
+
+async def patiently(call: Callable[[], Awaitable[T]], deadline_s: float, refused: set[str] | None = None) -> T:
+    """Repeat a call as long as it is answered with a 503, as every client does; the codes go to `refused`."""
+
+    async def once() -> list[T]:
+        try:
+            return [await call()]
+        except Unavailable as error:
+            (set() if refused is None else refused).add(error.code)
+            return []
+
+    return (await eventually(once, deadline_s, what="the call is accepted"))[0]
 
 
 def job(**changes: Any) -> JobSpec:
