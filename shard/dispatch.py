@@ -195,6 +195,11 @@ class Dispatcher:
         for key in keys:
             self._wake(_Wake(key, None))
 
+    async def withdraw(self, hints: Sequence[Hint]) -> None:
+        """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
+        if hints:
+            await self._remove_quietly(hints)
+
     def hand_back(self, subject: str, request_id: str) -> None:
         """The client of this request is gone: release what it got, in the background."""
         key = subject.rstrip(" "), request_id.rstrip(" ")

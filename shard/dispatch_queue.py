@@ -71,7 +71,7 @@ class DispatchQueue:
         return self._clock.monotonic() >= self._closed_until
 
     async def begin(self) -> bool:
-        """Adopt the stored generation, or make one; True if it is another one than before: all classes need a refill.
+        """Go on with the generation that we know, or begin an empty one; True then: all classes need a refill.
 
         Raises QueueLostError. Safe to retry: yes.
         """

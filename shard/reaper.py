@@ -4,7 +4,7 @@ After a restart of the shard or its database it waits one grace period, for hear
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -16,7 +16,7 @@ from culm.settings import Timeouts
 from culm.states import UNREADY, Event, State
 from culm.wire import JobError, SlotRef
 from shard.database import Database, Transaction
-from shard.hints import Hint
+from shard.hints import Hint, Notices
 from shard.ownership import Ownership
 from shard.transitions import Change, Job, apply, lock_jobs, lock_slots
 
@@ -51,13 +51,13 @@ class Reaper:
         database: Database,
         ownership: Ownership,
         timeouts: Timeouts,
-        announce: Callable[[Sequence[Hint]], Awaitable[None]],
+        notices: Notices,
         clock: Clock | None = None,
     ) -> None:
         self._database = database
         self._ownership = ownership
         self._timeouts = timeouts
-        self._announce = announce
+        self._notices = notices
         self._clock: Clock = clock or SystemClock()
         self._started = self._clock.monotonic()
 
@@ -76,7 +76,7 @@ class Reaper:
             hints, changes = await self._database.run("write", partial(self._end_leases, ids=ids))
             for change in changes:
                 _EXPIRED.labels(change.event).inc()
-            await self._announce(hints)
+            await self._notices.announce(hints)
             n_ended += len(changes)
             if len(changes) < BATCH:
                 break
@@ -115,14 +115,16 @@ class Reaper:
         if not ids:
             return 0
 
-        async def work(tx: Transaction) -> int:
+        async def work(tx: Transaction) -> list[Job]:
             await lock_slots(tx, [at])
             locked = await lock_jobs(tx, ids)
             old = [job for job in locked.jobs.values() if job.state in UNREADY | {State.ACTIVATED}]
             await apply(tx, [Change(job=job, event=Event.CLOSE, actor=ACTOR, detail="expired") for job in old])
-            return len(old)
+            return old
 
-        return await self._database.run("write", work)
+        closed = await self._database.run("write", work)
+        await self._notices.withdraw([job.hint for job in closed if job.state is State.ACTIVATED])
+        return len(closed)
 
     async def _end_leases(self, tx: Transaction, ids: Sequence[int]) -> tuple[list[Hint], list[Change]]:
         opened = self._ownership.open

@@ -29,12 +29,12 @@ local function floor_of(class)
 end
 
 -- name: begin
--- ARGV[2]: a new generation. Answers the one that holds now.
-if stored == '' then
-    redis.call('SET', prefix .. 'generation', ARGV[2])
-    return ARGV[2]
-end
-return stored
+-- ARGV[2]: a new generation. Answers the one that holds now. Who knows none (a start, a failure) takes nothing over:
+-- hints that were left of classes that nobody refills any more would stay for ever.
+if stored ~= '' and stored == known then return stored end
+for _, name in ipairs(redis.call('KEYS', prefix .. '*')) do redis.call('DEL', name) end
+redis.call('SET', prefix .. 'generation', ARGV[2])
+return ARGV[2]
 
 -- name: push
 -- ARGV[2]: cap; then triples class, ranking, id. What ranks below a class's floor is left to InnoDB.
