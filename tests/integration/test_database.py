@@ -31,6 +31,9 @@ from tests import servers
 from tests.partition import Partition, Servers, job, partition, patiently
 from tests.waiting import eventually
 
+# MySQL 9 has deprecated the process list that MariaDB has, by either name.
+pytestmark = pytest.mark.filterwarnings("ignore:'INFORMATION_SCHEMA.PROCESSLIST' is deprecated")
+
 T = TypeVar("T")
 
 DEADLINE_S = 30.0
@@ -207,7 +210,7 @@ async def test_a_full_pool_is_busy_and_free_again(database: Database) -> None:
 async def test_cancelled_transactions_change_nothing_and_use_up_no_connection(database: Database) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx.execute_text("SELECT SLEEP(30)")
+        await tx.execute_text(SLEEP)
 
     for _ in range(6):
         task = asyncio.create_task(database.run("write", work))
@@ -220,12 +223,15 @@ async def test_cancelled_transactions_change_nothing_and_use_up_no_connection(da
     assert await database.run("write", _insert) == 1
 
 
+SLEEP = "SELECT SLEEP(30)"
+
+
 async def _sleeping(database: Database) -> list[int]:
-    text = "SELECT id FROM information_schema.processlist WHERE info = 'SELECT SLEEP(30)' AND db = DATABASE()"
+    """Connections of this schema that sleep; SHOW, for MySQL has deprecated the table that MariaDB has."""
     connection = await connect(database.settings, autocommit=True)
     async with connection.cursor() as cursor:
-        await cursor.execute(text)
-        found = [row[0] for row in await cursor.fetchall()]
+        await cursor.execute("SHOW FULL PROCESSLIST")
+        found = [row[0] for row in await cursor.fetchall() if (row[3], row[7]) == (database.settings.name, SLEEP)]
     connection.close()
     return found
 
@@ -242,7 +248,7 @@ async def _kill_sleeping(database: Database) -> None:
 async def test_a_statement_that_takes_too_long_is_cut_off(settings: DatabaseSettings) -> None:
     database = Database(msgspec.structs.replace(settings, statement_timeout_s=0.1, write_connections=1))
     with pytest.raises(Unavailable) as told:
-        await database.run("write", lambda tx: tx.execute_text("SELECT SLEEP(30)"))
+        await database.run("write", lambda tx: tx.execute_text(SLEEP))
     assert told.value.code == "database_slow"
     # Its connection is not used again: this would read the other's answer.
     assert await database.run("write", _insert) == 1
