@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -190,10 +190,11 @@ class Dispatcher:
             for key, n_jobs in counts.items():
                 self._wake(_Wake(key, n_jobs))
 
-    def look_again(self, keys: Iterable[ClassKey]) -> None:
-        """InnoDB has ready jobs of these classes: nobody whom they fit may wait, though an announcement was lost."""
-        for key in keys:
-            self._wake(_Wake(key, None))
+    def look_again(self) -> None:
+        """Nobody may wait whom an active class fits: he looked in vain, so an announcement was lost since."""
+        for slot, offer in self._parking.offers():
+            for key in self._parts.classes.fitting([slot], offer)[:1]:
+                self._wake(_Wake(key, None))
 
     async def withdraw(self, hints: Sequence[Hint]) -> None:
         """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""

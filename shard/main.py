@@ -112,7 +112,8 @@ class Shard:
         await self.dispatcher.withdraw(hints)
 
     async def _sweep(self) -> None:
-        self.dispatcher.look_again(await self.refill.sweep())
+        await self.refill.sweep()
+        self.dispatcher.look_again()
 
     def _fresh_topology(self) -> Topology:
         self.topology.refresh_if_changed()

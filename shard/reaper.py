@@ -88,37 +88,30 @@ class Reaper:
         n_closed = 0
         if self.waits:
             return 0
-        for slot, epoch in list(self._ownership.open.items()):
-            n_closed += await self._close(SlotRef(slot, epoch), await self._old_ready(slot))
-        rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
         opened = dict(self._ownership.open)
+        for slot, epoch in opened.items():
+            of_ready = (*id_range(slot), BATCH, self._timeouts.activated_s)
+            n_closed += await self._close(SlotRef(slot, epoch), "old_ready", of_ready)
+        rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
+        states = tuple(sorted(UNREADY))
         for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0} & opened.keys():
-            n_closed += await self._close(SlotRef(slot, opened[slot]), await self._old_unready(slot))
+            of_unready = (slot, states, *id_range(slot), self._timeouts.unready_s, BATCH)
+            n_closed += await self._close(SlotRef(slot, opened[slot]), "old_unready", of_unready)
         return n_closed
 
-    async def _old_ready(self, slot: int) -> list[int]:
-        first, last = id_range(slot)
-        rows = await self._database.run(
-            "read", lambda tx: tx.fetch("old_ready", first, last, BATCH, self._timeouts.activated_s)
-        )
-        return [row[0] for row in rows]
-
-    async def _old_unready(self, slot: int) -> list[int]:
-        states = tuple(sorted(UNREADY))
-        rows = await self._database.run(
-            "read",
-            lambda tx: tx.fetch("old_unready", slot, states, *id_range(slot), self._timeouts.unready_s, BATCH),
-        )
-        return [row[0] for row in rows]
-
-    async def _close(self, at: SlotRef, ids: Sequence[int]) -> int:
-        if not ids:
+    async def _close(self, at: SlotRef, statement: str, arguments: tuple[object, ...]) -> int:
+        """Close what a statement finds old; how many."""
+        rows = await self._database.run("read", lambda tx: tx.fetch(statement, *arguments))
+        if not rows:
             return 0
+        ids = [row[0] for row in rows]
 
         async def work(tx: Transaction) -> list[Job]:
             await lock_slots(tx, [at])
             locked = await lock_jobs(tx, ids)
-            old = [job for job in locked.jobs.values() if job.state in UNREADY | {State.ACTIVATED}]
+            # Again, now locked: one may have been taken and given back since, and is not old any more.
+            still = {row[0] for row in await tx.fetch(statement, *arguments)}
+            old = [job for job in locked.jobs.values() if job.id in still]
             await apply(tx, [Change(job=job, event=Event.CLOSE, actor=ACTOR, detail="expired") for job in old])
             return old
 

@@ -92,17 +92,13 @@ class Refill:
             if self._dirty or not self._queue.generation:
                 self._wanted.set()
 
-    async def sweep(self) -> list[ClassKey]:
-        """Refresh a few classes, in turn: a hint may be lost, or left over, without a trace.
-
-        Returns the classes that have ready jobs. Raises Unavailable.
-        """
-        ready = await self.load()
+    async def sweep(self) -> None:
+        """Refresh a few classes, in turn: a hint may be lost, or left over, without a trace. Raises Unavailable."""
+        await self.load()
         if not self._sweep:
             self._sweep.extend(self._classes.active())
             self._sweep.extend(self._classes.ceased())
         self.mark(self._sweep.popleft() for _ in range(min(SWEPT_PER_TURN, len(self._sweep))))
-        return ready
 
     async def _refill(self, key: ClassKey) -> None:
         generation, cap = self._queue.generation, self._settings.cap

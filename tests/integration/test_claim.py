@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from culm.errors import ClientFault, Moved
+from culm.errors import ClientFault, Moved, Unavailable
 from culm.matching import Offer
+from culm.settings import DispatchSettings
 from culm.wire import ShardGetJob, SlotRef
-from shard.claim import Claimed, Seat, claim, groups_of
+from shard.claim import CLASSES_PER_STATEMENT, Claimed, Seat, claim, groups_of
 from shard.database import Transaction
 from shard.hints import ClassKey, Hint
 from tests.partition import OFFER, QUEUE, Partition, Servers, get_job_call, job, partition
@@ -217,3 +218,35 @@ async def test_beside_one_with_a_stale_epoch_the_others_of_its_batch_are_served(
     assert fresh.jobs[0].id in ids
     answers = await asyncio.gather(*stale, return_exceptions=True)
     assert [type(answer) for answer in answers] == [Moved, Moved]
+
+
+async def test_a_row_that_collides_in_every_claim_is_a_503_not_an_endless_loop(shard: Partition) -> None:
+    """Broken data: a ready job that has a lease already. The audit names it; the workers must live on."""
+    [broken] = await shard.submit(job())
+    await shard.sql(
+        "INSERT INTO lease (id, attempt, token, request_id, ordinal, subject, first_s, heartbeat_s, granted_at,"
+        f" expires_at) VALUES ({broken}, 1, 'x', 'another-one', 0, 'pilots', 1e6, 1e6, UTC_TIMESTAMP(6), '2100-01-01')"
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        for _ in range(3):
+            with pytest.raises(Unavailable) as told:
+                await shard.get()
+            assert told.value.code == "contended"
+    await shard.sql(f"DELETE FROM lease WHERE id = {broken}")
+    assert [grant.id for grant in await shard.get()] == [broken]
+
+
+async def test_a_batch_holds_no_more_jobs_than_it_may(both: Servers) -> None:
+    """Wishes for many at once are cut into several claims; one larger than a batch is served alone."""
+    async with partition(both, dispatch=DispatchSettings(max_batch=4)) as shard:
+        ids = await shard.submit(*[job()] * 40)
+        answers = await asyncio.gather(*(shard.get(n_jobs=n) for n in (3, 3, 9, 1, 4, 20)))
+        assert [len(grants) for grants in answers] == [3, 3, 9, 1, 4, 20]
+        assert sorted(grant.id for grants in answers for grant in grants) == ids
+
+
+async def test_more_classes_than_fit_into_one_statement_are_all_looked_at(shard: Partition) -> None:
+    n_classes = CLASSES_PER_STATEMENT + 20
+    ids = await shard.submit(*[job(memory_mb=n, priority=n) for n in range(1, n_classes + 1)])
+    got = [grant.id for grant in await shard.get(n_jobs=60)] + [grant.id for grant in await shard.get(n_jobs=100)]
+    assert got == ids[::-1]

@@ -1,6 +1,7 @@
 """Slots that are not open here, or close in the middle: what they left holds up nobody, and nothing is written."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,25 @@ async def test_old_jobs_of_a_moved_slot_do_not_hold_up_the_closing_of_ours(both:
 
         await eventually(closed, DEADLINE_S)
         assert await shard.rows(f"SELECT state FROM job WHERE id = {left}") == [("defined",)]
+
+
+async def test_a_job_that_was_taken_and_given_back_since_the_look_is_not_old(both: Servers) -> None:
+    async with partition(both, timeouts=Timeouts(activated_s=1000.0, grace_s=0.001), dispatch=QUIET) as shard:
+        [identifier] = await shard.submit(job())
+        await shard.sql("UPDATE ready SET queued_at = '2001-01-01'")
+        database = shard.shard.database
+        run = database.run
+
+        async def between(pool: Any, work: Any) -> Any:
+            if pool == "write":
+                database.run = run  # type: ignore[method-assign]
+                [grant] = await shard.get()
+                await shard.report(grant, State.ACTIVATED)
+            return await run(pool, work)
+
+        database.run = between  # type: ignore[method-assign,assignment]
+        assert await shard.shard.reaper.close_old() == 0
+        assert await shard.state(identifier) is State.ACTIVATED
 
 
 async def test_every_write_to_a_slot_that_closed_behind_our_back_is_refused(both: Servers) -> None:

@@ -115,6 +115,13 @@ def test_one_that_was_woken_in_vain_waits_on() -> None:
     assert parking.wake(1, 2, _all) == [first, second]
 
 
+def test_the_offers_that_wait_are_told_once_each() -> None:
+    parking = _parked(_Waiter(WIDE, slots=(1, 2)), _Waiter(WIDE), _Waiter(NARROW))
+    assert sorted((slot, offer.cores) for slot, offer in parking.offers()) == [(1, 1), (1, 8), (2, 8)]
+    parking.everyone()
+    assert parking.offers() == []
+
+
 _steps = st.lists(
     st.tuples(
         st.sampled_from(["park", "leave", "wake"]),
