@@ -1,6 +1,7 @@
 """The router process: a parent that keeps its workers alive, and the workers, which share one port."""
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,6 +19,7 @@ from culm.settings import RouterSettings
 from culm.shard_links import ShardLinks
 from culm.tokens import Verifier
 from culm.topology_store import TopologyCache
+from router import door
 from router.app import Front
 from router.forward import Forward
 
@@ -25,7 +27,6 @@ RESTART_PAUSE_S: Final = 0.2
 STOP_S: Final = 15.0
 SHUTDOWN_S: Final = 5.0
 KEYS_POLL_S: Final = 5.0
-BACKLOG: Final = 4096
 PR_SET_PDEATHSIG: Final = 1
 
 log = logging.getLogger("router.main")
@@ -93,7 +94,9 @@ class _Parent:
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
         for pid in self._pids:
-            os.kill(pid, signal.SIGTERM)
+            # The signal can come between a worker's end and our note of it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def _end(self) -> None:
         deadline = time.monotonic() + STOP_S
@@ -133,9 +136,10 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     )
     await runner.setup()
     try:
-        await web.SockSite(runner, _bound(settings), backlog=BACKLOG).start()
+        server = await door.listen(runner, _bound(settings), settings.max_connections)
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()
+        server.close()
     finally:
         await runner.cleanup()
         await loops.stop()
