@@ -16,7 +16,16 @@ LINGER_S: Final = 1.0
 RETRY_AFTER_S: Final = 1.0
 
 
-async def listen(runner: web.AppRunner, bound: socket.socket, max_connections: int) -> asyncio.Server:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that shares the port with the other workers. Raises OSError."""
+    shared = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    shared.bind((host, port))
+    return shared
+
+
+async def listen(runner: web.AppRunner, at: socket.socket, max_connections: int) -> asyncio.Server:
     """Serve a runner that is set up; who comes when `max_connections` are open gets 503 and is shown out."""
     server = runner.server
     if server is None:
@@ -25,7 +34,7 @@ async def listen(runner: web.AppRunner, bound: socket.socket, max_connections: i
     def next_protocol() -> asyncio.BaseProtocol:
         return server() if len(server.connections) < max_connections else _Refusal()
 
-    return await asyncio.get_running_loop().create_server(next_protocol, sock=bound, backlog=BACKLOG)
+    return await asyncio.get_running_loop().create_server(next_protocol, sock=at, backlog=BACKLOG)
 
 
 class _Refusal(asyncio.Protocol):

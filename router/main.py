@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import time
 from types import FrameType
 from typing import Final
@@ -53,7 +52,7 @@ class _Parent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # Held, not listened on: the port stays ours while every worker is down.
-        with _bound(self._settings):
+        with door.bound(self._settings.host, self._settings.port):
             while not self._stopping:
                 while len(self._pids) < self._settings.workers and not self._stopping:
                     self._fork()
@@ -136,7 +135,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     )
     await runner.setup()
     try:
-        server = await door.listen(runner, _bound(settings), settings.max_connections)
+        server = await door.listen(runner, door.bound(settings.host, settings.port), settings.max_connections)
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()
         server.close()
@@ -144,11 +143,3 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         await runner.cleanup()
         await loops.stop()
         await links.stop()
-
-
-def _bound(settings: RouterSettings) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    bound.bind((settings.host, settings.port))
-    return bound
