@@ -6,14 +6,13 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from culm import settings, topology_store
 from culm.errors import ClientFault
 from ops import audit as auditing
 from ops.cli import exits
-from ops.cli.options import DIR, OUTPUT
+from ops.cli.options import DIR, OUTPUT, console
 
 
 @click.command()
@@ -40,16 +39,16 @@ def audit(folder: Path, output: str, configs: tuple[Path, ...]) -> None:
     if output == "json":
         click.echo(msgspec.json.encode(report))
     else:
-        console = Console()
+        out = console()
         states = ", ".join(f"{n} {state}" for state, n in report.states.items()) or "no jobs"
-        console.print(f"{report.n_jobs} jobs on {', '.join(report.shards)}: {states}", highlight=False)
+        out.print(f"{report.n_jobs} jobs on {', '.join(report.shards)}: {states}")
         if report.findings:
             table = Table("invariant", "rule", "shard", "job or slot", "what")
             for one in report.findings:
                 table.add_row(one.invariant, one.rule, one.shard, str(one.subject), one.text)
-            console.print(table)
+            out.print(table)
         n_findings = len(report.findings)
-        console.print("audit: nothing found" if not n_findings else f"audit: {n_findings} findings", highlight=False)
+        out.print("audit: nothing found" if not n_findings else f"audit: {n_findings} findings")
     if report.findings:
         sys.exit(exits.FINDINGS)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from culm.errors import ClientFault
 from ops.cli import exits
-from ops.cli.options import DIR, OUTPUT, PORT
+from ops.cli.options import DIR, OUTPUT, PORT, console
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
@@ -54,7 +54,13 @@ def _layout(folder: Path, port: int | None) -> Layout:
 @click.command()
 @DIR
 def down(folder: Path) -> None:
-    """Stop the cluster: exactly what `culm up` started. Its data stays."""
+    """Stop the cluster: exactly what `culm up` started. Its data stays.
+
+    \b
+    Examples:
+      culm down
+      culm down --dir /data/second
+    """
     click.echo("stopped" if control.down(folder) else f"nothing runs in {folder}", err=True)
 
 
@@ -62,7 +68,13 @@ def down(folder: Path) -> None:
 @DIR
 @OUTPUT
 def status(folder: Path, output: str) -> None:
-    """Show the processes of the cluster. Exit code 4 if it is not up."""
+    """Show the processes of the cluster. Exit code 4 if it is not up.
+
+    \b
+    Examples:
+      culm status
+      culm status -o json
+    """
     told = control.status(folder)
     up_now = told is not None and told.alive
     if told is None or not up_now:
@@ -76,7 +88,7 @@ def status(folder: Path, output: str) -> None:
     for process in told.processes:
         age = f"{time.time() - process.since:.0f} s"
         table.add_row(process.name, str(process.pid), process.state, str(process.restarts), age)
-    Console().print(table)
+    console().print(table)
 
 
 @click.command()
@@ -84,7 +96,13 @@ def status(folder: Path, output: str) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on as they grow.")
 @click.argument("names", nargs=-1)
 def logs(folder: Path, follow: bool, names: tuple[str, ...]) -> None:
-    """Show the last lines of the logs of NAMES, or of all processes."""
+    """Show the last lines of the logs of NAMES, or of all processes.
+
+    \b
+    Examples:
+      culm logs us1 router
+      culm logs -f
+    """
     found = sorted((folder / "logs").glob("*.log"))
     if names:
         unknown = set(names) - {path.stem for path in found}

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from culm.wire import CountsAnswer
-from ops.cli.options import DIR, OUTPUT, monitor
+from ops.cli.options import DIR, OUTPUT, console, monitor
 
 
 @click.command()
@@ -18,7 +17,13 @@ from ops.cli.options import DIR, OUTPUT, monitor
 @OUTPUT
 @click.option("--by", type=click.Choice(["region", "site"]), default="region", show_default=True)
 def counts(folder: Path, output: str, by: str) -> None:
-    """Show the merged counts of all shards by state; shards that gave no answer are named."""
+    """Show the merged counts of all shards by state; shards that gave no answer are named.
+
+    \b
+    Examples:
+      culm counts --by site
+      culm counts -o json
+    """
 
     async def ask() -> CountsAnswer:
         async with monitor(folder) as client:
@@ -34,7 +39,7 @@ def counts(folder: Path, output: str, by: str) -> None:
     for name, row in rows.items():
         table.add_row(name, *(str(row.get(state, 0)) for state in states))
     table.add_row("all", *(str(answer.total[state]) for state in states))
-    Console().print(table)
+    console().print(table)
     for shard in answer.missing_shards:
         age = answer.shards.get(shard)
         sys.stderr.write(

@@ -18,7 +18,7 @@ from culm.states import FINAL, State
 from culm.wire import JobSpec, JobsQuery, SubmitRequest
 from ops.cli import exits
 from ops.cli.cluster import start
-from ops.cli.options import DIR, PORT, router
+from ops.cli.options import DIR, PORT, console, router
 from ops.cluster.layout import AUTHORITIES, REGIONS, Layout
 from ops.cluster.plan import DEMO_SITES
 
@@ -108,10 +108,10 @@ def _pilot(layout: Layout, region: str, number: int) -> "subprocess.Popen[bytes]
 
 
 def _summary(layout: Layout, states: Counter[State], took_s: float) -> None:
-    console = Console()
+    out = console()
     told = ", ".join(f"{n} {state.value}" for state, n in sorted(states.items()))
-    console.print(f"{sum(states.values())} jobs: {told}, in {took_s:.1f} s")
-    console.print(f"router  {layout.router_url}\nmonitor {layout.monitor_url}/v1/counts", highlight=False)
-    console.print(
+    out.print(f"{sum(states.values())} jobs: {told}, in {took_s:.1f} s")
+    out.print(f"router  {layout.router_url}\nmonitor {layout.monitor_url}/v1/counts")
+    out.print(
         "Try next:", "culm job list", "culm counts --by site", "culm job submit --site BNL -- hostname", sep="\n  "
     )

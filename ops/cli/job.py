@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from culm.errors import ClientFault
 from culm.states import State
 from culm.wire import CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
 
 
 @click.group()
@@ -79,7 +78,13 @@ def submit(
 @click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
 @click.option("--after", type=int, default=0, help="The last id of the page before.")
 def list_jobs(folder: Path, authority: str, output: str, state: str | None, **filters: Any) -> None:
-    """List jobs over all shards, in the order of the id; shards that gave no answer are named."""
+    """List jobs over all shards, in the order of the id; shards that gave no answer are named.
+
+    \b
+    Examples:
+      culm job list --state running --limit 20
+      culm job list --site BNL -o json
+    """
     query = JobsQuery(state=State(state) if state else None, **filters)
 
     async def ask() -> Any:
@@ -93,7 +98,7 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
     if not page.jobs:
         click.echo("no jobs" + ("" if not page.missing_shards else " on the shards that answered"))
     else:
-        Console().print(_table(page.jobs))
+        console().print(_table(page.jobs))
     if page.next is not None:
         click.echo(f"more: --after {page.next}", err=True)
     if page.missing_shards:
@@ -106,7 +111,13 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
 @OUTPUT
 @click.argument("job_id", type=int)
 def show(folder: Path, authority: str, output: str, job_id: int) -> None:
-    """Show one job with its history and reports."""
+    """Show one job with its history and reports.
+
+    \b
+    Examples:
+      culm job show 1
+      culm job show 1 -o json
+    """
 
     async def ask() -> Any:
         async with router(folder, authority=authority) as client:
@@ -116,39 +127,49 @@ def show(folder: Path, authority: str, output: str, job_id: int) -> None:
     if output == "json":
         click.echo(msgspec.json.encode(view))
         return
-    console = Console()
-    console.print(_table([view.job]))
+    out = console()
+    out.print(_table([view.job]))
     table = Table("n", "event", "from", "to", "attempt", "by", "detail")
     for event in view.history:
         source = event.source.value if event.source else ""
         table.add_row(
             str(event.n), event.event.value, source, event.target.value, str(event.attempt), event.actor, event.detail
         )
-    console.print(table)
+    out.print(table)
     for report in view.reports:
-        console.print(f"attempt {report.attempt}: {report.state.value}, exit code {report.exit_code}")
+        out.print(f"attempt {report.attempt}: {report.state.value}, exit code {report.exit_code}")
         if report.error:
-            console.print(f"  {report.error.plane} {report.error.code}: {report.error.text}", markup=False)
+            out.print(f"  {report.error.plane} {report.error.code}: {report.error.text}")
         for name, text in (("stdout", report.stdout_tail), ("stderr", report.stderr_tail)):
             if text:
-                console.print(f"  {name}:\n{text.rstrip()}", markup=False, highlight=False)
+                out.print(f"  {name}:\n{text.rstrip()}")
 
 
 @job.command()
 @DIR
 @AUTHORITY
+@OUTPUT
 @click.option("--jobset", type=int, default=None, help="All jobs of it.")
 @click.argument("ids", nargs=-1, type=int)
-def kill(folder: Path, authority: str, jobset: int | None, ids: tuple[int, ...]) -> None:
-    """End jobs by id, or a whole jobset. Running payloads end at their next heartbeat."""
+def kill(folder: Path, *, authority: str, output: str, jobset: int | None, ids: tuple[int, ...]) -> None:
+    """End jobs by id, or a whole jobset. Running payloads end at their next heartbeat.
+
+    \b
+    Examples:
+      culm job kill 1 2
+      culm job kill --jobset 204711
+    """
 
     async def ask() -> Any:
         async with router(folder, authority=authority) as client:
             return await client.cancel(CancelRequest(ids=list(ids), jobset=jobset))
 
     answer = asyncio.run(ask())
-    for one in answer.jobs:
-        click.echo(f"{one.id} {one.outcome}")
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+    else:
+        for one in answer.jobs:
+            click.echo(f"{one.id} {one.outcome}")
     if answer.missing_shards:
         raise ClientFault(
             "missing_shards", f"no answer from: {', '.join(answer.missing_shards)}; repeat", http_status=503

@@ -1,10 +1,13 @@
 """Options that many commands share, and the client that they speak through."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import click
+from rich.console import Console
 
 from culm.client import Client
 from culm.errors import ClientFault
@@ -41,7 +44,19 @@ PORT: Option = click.option(
 OUTPUT: Option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
-AUTHORITY: Option = click.option("--authority", default="central", show_default=True, help="Whose token to show.")
+AUTHORITY: Option = click.option(
+    "--authority", default="central", show_default=True, help="Which authority's token to use."
+)
+
+
+_PIPE_WIDTH = 240
+"""Columns of a table that goes to a file or another program: nothing is cut off."""
+
+
+def console() -> Console:
+    """Where tables go. Names and texts are shown as they are: no markup in them is obeyed."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(width=width, markup=False, highlight=False)
 
 
 def token(folder: Path, role: str, authority: str = "central") -> str:

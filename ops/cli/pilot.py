@@ -23,7 +23,13 @@ def pilot() -> None:
 @click.option("--max-jobs", type=int, default=0, help="End after so many jobs.")
 @click.option("--idle-exit", type=float, default=0.0, help="End after so many seconds without work.")
 def run(folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: float) -> None:
-    """Run a pilot here against the cluster, until SIGTERM or as the options say."""
+    """Run a pilot here against the cluster, until SIGTERM or as the options say.
+
+    \b
+    Examples:
+      culm pilot run --queue BNL-q --max-jobs 1
+      culm pilot run --queue BNL-q --idle-exit 60
+    """
     layout = control.running(folder)
     command = [
         *(sys.executable, "-P", "-m", "pilot", "--server", layout.router_url, "--queue", queue),
@@ -36,5 +42,11 @@ def run(folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: floa
 @pilot.command()
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path), default=Path("culm-pilot.pyz"))
 def build(target: Path) -> None:
-    """Build the pilot's zipapp: one file for any worker node with Python 3.11."""
+    """Build the pilot's zipapp: one file for any worker node with Python 3.11.
+
+    \b
+    Examples:
+      culm pilot build
+      culm pilot build /tmp/culm-pilot.pyz
+    """
     click.echo(build_zipapp(target))

@@ -17,7 +17,7 @@ from culm.wire import Principal
 from loadtest import workload_log
 from loadtest.replay import Plan, Replay, ReplayReport, queue_of
 from ops.cli import exits
-from ops.cli.options import DIR, OUTPUT, router, token
+from ops.cli.options import DIR, OUTPUT, console, router, token
 from ops.cluster import control
 from router.registry import ChangedAnswer, SitesRequest, TopologyAnswer
 
@@ -113,18 +113,17 @@ async def _register(folder: Path, sites: list[str]) -> dict[str, str]:
 
 
 def _print(report: ReplayReport) -> None:
-    console = Console()
+    out = console()
     table = Table("site", "jobs", "median wait", "p95", "longest")
     by_jobs = sorted(report.waits, key=lambda one: -one.n_jobs)
     for one in by_jobs[:N_WAITS_SHOWN]:
         table.add_row(one.site, str(one.n_jobs), f"{one.median_s:.2f} s", f"{one.p95_s:.2f} s", f"{one.max_s:.2f} s")
-    console.print(table)
+    out.print(table)
     if len(by_jobs) > N_WAITS_SHOWN:
-        console.print(f"and {len(by_jobs) - N_WAITS_SHOWN} more sites (-o json shows all)", highlight=False)
+        out.print(f"and {len(by_jobs) - N_WAITS_SHOWN} more sites (-o json shows all)")
     states = ", ".join(f"{n} {state}" for state, n in report.states.items())
-    console.print(
+    out.print(
         f"{report.submitted} submitted, {report.finished} finished in {report.took_s:.1f} s ({states}); "
         f"lost {report.lost}, twice {report.twice}, unfinished {report.unfinished}, "
         f"reports refused {report.refused_reports}",
-        highlight=False,
     )

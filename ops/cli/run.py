@@ -19,7 +19,12 @@ def router() -> None:
 @router.command("run")
 @_CONFIG
 def router_run(config: Path) -> None:
-    """Run a router until SIGTERM. CULM_ROUTER_<KEY> overrides a key of the file."""
+    """Run a router until SIGTERM. CULM_ROUTER_<KEY> overrides a key of the file.
+
+    \b
+    Examples:
+      culm router run --config router.toml
+    """
     from router.main import run  # noqa: PLC0415  # a process imports its own service only
 
     run(settings.load(config, settings.RouterSettings, prefix="CULM_ROUTER_"))
@@ -33,7 +38,12 @@ def shard() -> None:
 @shard.command("run")
 @_CONFIG
 def shard_run(config: Path) -> None:
-    """Run a shard until SIGTERM. CULM_SHARD_<KEY> overrides a key of the file."""
+    """Run a shard until SIGTERM. CULM_SHARD_<KEY> overrides a key of the file.
+
+    \b
+    Examples:
+      culm shard run --config shard.toml
+    """
     from shard.main import run  # noqa: PLC0415
 
     run(settings.load(config, settings.ShardSettings, prefix="CULM_SHARD_"))
@@ -47,7 +57,12 @@ def monitor() -> None:
 @monitor.command("run")
 @_CONFIG
 def monitor_run(config: Path) -> None:
-    """Run a monitor until SIGTERM. CULM_MONITOR_<KEY> overrides a key of the file."""
+    """Run a monitor until SIGTERM. CULM_MONITOR_<KEY> overrides a key of the file.
+
+    \b
+    Examples:
+      culm monitor run --config monitor.toml
+    """
     from monitor_api.main import run  # noqa: PLC0415
 
     run(settings.load(config, settings.MonitorSettings, prefix="CULM_MONITOR_"))

@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from culm.errors import ClientFault
 from culm.topology import CENTRAL, SiteRegistration, Topology
 from ops import catalogue
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
+from ops.cli.options import DIR, OUTPUT, console, router
 from router.registry import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
 
 
@@ -30,7 +29,13 @@ def topology() -> None:
 @DIR
 @OUTPUT
 def list_sites(folder: Path, output: str) -> None:
-    """List all sites with their shard."""
+    """List all sites with their shard.
+
+    \b
+    Examples:
+      culm site list
+      culm site list -o json
+    """
     known = _topology(folder)
     if output == "json":
         click.echo(msgspec.json.encode(known.sites))
@@ -39,25 +44,41 @@ def list_sites(folder: Path, output: str) -> None:
     for name, one in sorted(known.sites.items()):
         online = sum(queue.status == "online" for queue in one.queues.values())
         table.add_row(name, one.region, known.place(one.slots[0]).shard, str(len(one.queues)), str(online))
-    Console().print(table)
+    console().print(table)
 
 
 @site.command()
 @DIR
+@OUTPUT
 @click.argument("name")
-def show(folder: Path, name: str) -> None:
-    """Show one site with its computing queues, as JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(_topology(folder).site(name))))
+def show(folder: Path, output: str, name: str) -> None:
+    """Show one site with its computing queues.
+
+    \b
+    Examples:
+      culm site show BNL
+      culm site show BNL -o json
+    """
+    one = _topology(folder).site(name)
+    if output == "json":
+        click.echo(msgspec.json.encode(one))
+        return
+    click.echo(f"{name}, region {one.region}, slots {', '.join(map(str, one.slots))}")
+    table = Table("computing queue", "status", "type", "cores", "memory MB", "walltime s", "releases", "reason")
+    for queue_name, queue in sorted(one.queues.items()):
+        numbers = (str(queue.cores), str(queue.memory_mb), str(queue.walltime_s), str(len(queue.releases)))
+        table.add_row(queue_name, queue.status, queue.type, *numbers, queue.reason)
+    console().print(table)
 
 
 @site.command("set")
 @DIR
-@AUTHORITY
+@OUTPUT
 @click.option("--reason", default="", help="Kept in the audit; marks a status as set by hand.")
 @click.argument("queue")
 @click.argument("changes", nargs=-1, required=True)
-def set_fields(folder: Path, authority: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
-    """Change fields of a computing queue.
+def set_fields(folder: Path, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
+    """Change fields of a computing queue, with the admin's token of the authority that it belongs to.
 
     \b
     Examples:
@@ -71,20 +92,28 @@ def set_fields(folder: Path, authority: str, reason: str, queue: str, changes: t
             raise ClientFault("bad_queue", f"{change!r} is not FIELD=VALUE")
         wanted[name] = int(value) if value.lstrip("-").isdecimal() else value
 
+    known = _topology(folder)
+    authority = known.authority_of_region(known.queue(queue)[1].region)
+
     async def ask() -> ChangedAnswer:
         async with router(folder, "admin", authority=authority) as client:
             request = QueueRequest(queue=queue, changes=wanted, reason=reason)
             return await client.post("queue", request, ChangedAnswer)
 
-    click.echo(f"epoch {asyncio.run(ask()).epoch}")
+    answer = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+    else:
+        click.echo(f"{authority}: epoch {answer.epoch}")
 
 
 @site.command("import")
 @DIR
+@OUTPUT
 @click.option("--reason", default="", help="Kept in the audit.")
 @click.option("--dry-run", is_flag=True, help="Say what would be registered, change nothing.")
 @click.argument("catalogue_file", type=click.Path(dir_okay=False, exists=True, path_type=Path))
-def import_sites(folder: Path, reason: str, dry_run: bool, catalogue_file: Path) -> None:
+def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catalogue_file: Path) -> None:
     """Register the sites and computing queues of a catalogue (CSV, PanDA's schedconfig columns).
 
     Sites that are known are brought up to date; a status that an operator set with a reason stays. A region nobody
@@ -101,20 +130,40 @@ def import_sites(folder: Path, reason: str, dry_run: bool, catalogue_file: Path)
     for one in found:
         authority = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
         by_authority.setdefault(authority, []).append(one)
+    told = []
     for authority, sites in sorted(by_authority.items()):
-        n_queues = sum(len(one.queues) for one in sites)
-        n_new = sum(one.name not in before.sites for one in sites)
-        told = f"{authority}: {len(sites)} sites ({n_new} new), {n_queues} computing queues"
+        epoch = before.epochs[authority]
         if not dry_run:
-            told += f", epoch {asyncio.run(_register(folder, authority, sites, reason)).epoch}"
-        click.echo(told)
+            epoch = asyncio.run(_register(folder, authority, sites, reason)).epoch
+        told.append(
+            {
+                "authority": authority,
+                "sites": len(sites),
+                "new_sites": sum(one.name not in before.sites for one in sites),
+                "queues": sum(len(one.queues) for one in sites),
+                "epoch": epoch,
+            }
+        )
+    if output == "json":
+        click.echo(msgspec.json.encode(told))
+        return
+    for one in told:
+        click.echo(
+            "{authority}: {sites} sites ({new_sites} new), {queues} computing queues, epoch {epoch}".format(**one)
+        )
 
 
 @topology.command("show")
 @DIR
 @OUTPUT
 def show_topology(folder: Path, output: str) -> None:
-    """Show every section: its epoch, shards and regions."""
+    """Show every section: its epoch, shards and regions.
+
+    \b
+    Examples:
+      culm topology show
+      culm topology show -o json
+    """
     known = _topology(folder)
     if output == "json":
         click.echo(msgspec.json.encode(list(known.sections.values())))
@@ -133,7 +182,7 @@ def show_topology(folder: Path, output: str) -> None:
                 shard.link,
                 end_section=False,
             )
-    Console().print(table)
+    console().print(table)
 
 
 async def _register(folder: Path, authority: str, sites: list[SiteRegistration], reason: str) -> ChangedAnswer:

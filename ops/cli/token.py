@@ -1,5 +1,6 @@
 """`culm token issue|list`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import click
 from culm.errors import ClientFault
 from culm.tokens import KeyRing
 from culm.wire import Principal
-from ops.cli.options import AUTHORITY, DIR
+from ops.cli.options import AUTHORITY, DIR, OUTPUT
 from ops.cluster.layout import Layout
 
 
@@ -58,10 +59,21 @@ def issue(
 
 @token.command("list")
 @DIR
-def list_tokens(folder: Path) -> None:
-    """List the signing keys and the cluster's own tokens; never their text."""
+@OUTPUT
+def list_tokens(folder: Path, output: str) -> None:
+    """List the trusted keys and the command line's own tokens; never their text.
+
+    \b
+    Examples:
+      culm token list
+      culm token list -o json
+    """
     layout = Layout(folder)
-    for path in sorted(layout.trusted.glob("*.pub")):
-        click.echo(f"key    {path.stem}")
-    for path in sorted(layout.tokens.glob("*")):
-        click.echo(f"token  {path.name}")
+    keys = sorted(path.stem for path in layout.trusted.glob("*.pub"))
+    if not keys:
+        raise ClientFault("no_keys", f"{layout.trusted} holds no key; is {folder} a cluster?", http_status=404)
+    tokens = sorted(path.name for path in layout.tokens.glob("*"))
+    if output == "json":
+        click.echo(json.dumps({"keys": keys, "tokens": tokens}))
+        return
+    click.echo("\n".join([*(f"key    {name}" for name in keys), *(f"token  {name}" for name in tokens)]))

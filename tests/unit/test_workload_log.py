@@ -1,6 +1,7 @@
 """The Standard Workload Format: the real log's first jobs, and lines that are not of it."""
 
 import gzip
+import itertools
 from pathlib import Path
 
 import pytest

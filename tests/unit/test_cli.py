@@ -1,0 +1,183 @@
+"""The command line: every command explains itself, fails in one line, and never shows a traceback."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from ops.cli import culm, exits
+
+LOCAL = {"test", "router run", "shard run", "monitor run", "pilot build"}
+"""These speak to no cluster."""
+WITHOUT_DATA = {"up", "down", "logs", "demo", "test", "pilot run", "pilot build", "token issue", *LOCAL}
+"""These show no data that a program would want as JSON; a token is printed bare."""
+
+
+def _walk(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None, name
+            yield from _walk(found, (*words, name))
+    else:
+        yield " ".join(words), command
+
+
+COMMANDS = dict(_walk(culm))
+
+
+def _options(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def _run(*words: str, folder: Path) -> Result:
+    return CliRunner().invoke(culm, list(words), env={"CULM_DIR": str(folder)})
+
+
+def test_the_commands_of_the_first_release_are_there() -> None:
+    assert set(COMMANDS) >= {
+        "up", "down", "status", "logs", "demo", "test", "job submit", "job list", "job show", "job kill", "site import",
+        "site list", "site show", "site set", "topology show", "pilot run", "pilot build", "token issue", "token list",
+        "replay", "audit", "router run", "shard run", "monitor run", "counts",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_it_does_and_gives_an_example(name: str, tmp_path: Path) -> None:
+    told = _run(*name.split(), "--help", folder=tmp_path)
+    assert told.exit_code == 0
+    assert f"Usage: culm {name}" in told.output
+    assert re.search(rf"^ +culm {name}", told.output, re.MULTILINE), "no example"
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - LOCAL))
+def test_whatever_speaks_to_a_cluster_takes_a_folder(name: str) -> None:
+    assert "--dir" in _options(COMMANDS[name])
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - WITHOUT_DATA))
+def test_whatever_shows_data_can_show_it_as_json(name: str) -> None:
+    assert "--output" in _options(COMMANDS[name])
+
+
+def test_the_exit_codes_are_in_the_help(tmp_path: Path) -> None:
+    told = " ".join(_run("--help", folder=tmp_path).output.split())
+    for code in (exits.FAILED, exits.USAGE, exits.NOT_FOUND, exits.UNAVAILABLE, exits.REFUSED, exits.FINDINGS):
+        assert f"{code} " in told
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ClientFault("bad_job", ""), exits.USAGE),
+        (ClientFault("unknown_job", "", http_status=404), exits.NOT_FOUND),
+        (ClientFault("forbidden", "", http_status=403), exits.REFUSED),
+        (ClientFault("token_expired", "", http_status=401), exits.REFUSED),
+        (Conflict("lease_lost", ""), exits.REFUSED),
+        (Unavailable("shard_down", ""), exits.UNAVAILABLE),
+        (Moved(1, 2), exits.UNAVAILABLE),
+        (CulmError("start_failed", ""), exits.FAILED),
+        (Bug("ours"), exits.FAILED),
+    ],
+)
+def test_errors_have_their_exit_codes(error: CulmError, code: int) -> None:
+    assert exits.of(error) == code
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("job", "list"),
+        ("job", "show", "1"),
+        ("job", "kill", "1"),
+        ("job", "submit", "--", "true"),
+        ("site", "list"),
+        ("site", "show", "BNL"),
+        ("site", "set", "BNL-q", "status=offline"),
+        ("topology", "show"),
+        ("counts",),
+        ("pilot", "run", "--queue", "BNL-q"),
+    ],
+    ids=" ".join,
+)
+def test_without_a_cluster_it_says_how_to_get_one(words: tuple[str, ...], tmp_path: Path) -> None:
+    told = _run(*words, folder=tmp_path)
+    assert isinstance(told.exception, Unavailable)
+    assert told.exception.code == "not_running"
+    assert f"culm up --dir {tmp_path}" in told.exception.message
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "code"),
+    [
+        (("audit",), ClientFault, "no_cluster"),
+        (("logs",), ClientFault, "no_log"),
+        (("token", "list"), ClientFault, "no_keys"),
+        (("token", "issue", "user", "ann"), ClientFault, "no_keys"),
+        (("job", "submit", "--priority", "-1", "--", "true"), ClientFault, "bad_job"),
+        (("job", "submit", "--cores", "0", "--", "true"), ClientFault, "bad_job"),
+        (("job", "submit", "--memory-mb", "-5", "--", "true"), ClientFault, "bad_job"),
+        (("site", "set", "q", "status"), ClientFault, "bad_queue"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_is_wrong_is_said_by_its_code(
+    words: tuple[str, ...], kind: type[CulmError], code: str, tmp_path: Path
+) -> None:
+    told = _run(*words, folder=tmp_path)
+    assert isinstance(told.exception, kind)
+    assert told.exception.code == code
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nothing",),
+        ("job",),
+        ("job", "show", "one"),
+        ("job", "list", "--state", "sleeping"),
+        ("job", "list", "--limit", "0"),
+        ("job", "submit"),
+        ("job", "submit", "--count", "2001", "--", "true"),
+        ("up", "--port", "70000"),
+        ("replay", "no-such-file"),
+        ("site", "import", "no-such-file"),
+        ("token", "issue", "king", "ann"),
+        ("token", "issue", "user", "ann", "--days", "0"),
+        ("shard", "run"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_told_by_exit_code_2_and_one_message(words: tuple[str, ...], tmp_path: Path) -> None:
+    told = _run(*words, folder=tmp_path)
+    assert told.exit_code == exits.USAGE
+    assert "Usage:" in told.output
+    assert "Traceback" not in told.output
+
+
+def test_status_without_a_cluster_is_told_as_json_too(tmp_path: Path) -> None:
+    told = _run("status", "-o", "json", folder=tmp_path)
+    assert told.exit_code == exits.UNAVAILABLE
+    assert json.loads(told.output) == {"phase": "down"}
+
+
+@pytest.mark.parametrize("service", ["router", "shard", "monitor"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "missing required field"), ("nonsense = 1\n", "nonsense"), ("= 1", "is not TOML")],
+    ids=["empty", "unknown key", "no TOML"],
+)
+def test_bad_settings_name_the_file_and_the_key(service: str, text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    told = _run(service, "run", "--config", str(path), folder=tmp_path)
+    assert isinstance(told.exception, ClientFault)
+    assert told.exception.code == "bad_settings"
+    assert str(path) in told.exception.message
+    assert message in told.exception.message
