@@ -37,4 +37,7 @@ def run(folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: floa
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path), default=Path("culm-pilot.pyz"))
 def build(target: Path) -> None:
     """Build the pilot's zipapp: one file for any worker node with Python 3.11."""
-    click.echo(build_zipapp(target))
+    try:
+        click.echo(build_zipapp(target))
+    except OSError as error:
+        raise click.ClickException(f"{target} cannot be written: {error.strerror}") from None
