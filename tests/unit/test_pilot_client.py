@@ -1,6 +1,7 @@
 """The pilot's HTTP client against a small real server: what it tries again, what it takes for a refusal."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ def test_a_call_is_a_post_of_json_with_the_token(server: Server, router: Router)
     [
         (503, _error("shard_down", retryable=True)),
         (503, _error("moved", retryable=True, after_s=0.001)),
+        (503, _error("moved", retryable=True, after_s=-1.0)),
+        (503, _error("moved", retryable=True, after_s=math.nan)),
         (502, b"<html>Bad Gateway</html>"),
         (504, b""),
         (500, b"oops"),
