@@ -83,3 +83,13 @@ def test_a_place_where_it_cannot_be_written_is_named(tmp_path: Path) -> None:
     done = _build(target)
     assert done.returncode == 1
     assert done.stderr == f"Error: {target} cannot be written: No such file or directory\n"
+
+
+def test_an_older_python_is_told_what_it_lacks(zipapp: Path, tmp_path: Path) -> None:
+    """Run by this Python as if it were an older one: the check comes before any of our modules is read."""
+    code = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(zipapp)!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, timeout=COMMAND_S
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("culm-pilot: needs Python 3.11 or newer")
