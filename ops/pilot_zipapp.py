@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Final
 
 SOURCE: Final = Path(__file__).parents[1] / "pilot"
-_MAIN: Final = "import sys\nfrom pilot.main import main\nsys.exit(main())\n"
+# An older Python could not even read the modules: what it is told must be plain.
+_MAIN: Final = """import sys
+if sys.version_info < (3, 11):
+    sys.exit("culm-pilot: needs Python 3.11 or newer, this is " + sys.version.split()[0])
+from pilot.main import main
+sys.exit(main())
+"""
 
 
 def build(target: Path) -> Path:

@@ -116,7 +116,8 @@ def _of(status: int, body: bytes) -> Exception:
     try:
         told = json.loads(body)["error"]
         code, message = str(told["code"]), str(told["message"])
-        retryable, after_s = bool(told["retryable"]), float(told.get("retry_after_s") or 0.0)
+        # In this order NaN, which JSON may hold and no sleep takes, becomes 0.
+        retryable, after_s = bool(told["retryable"]), max(0.0, float(told.get("retry_after_s") or 0.0))
     except (ValueError, KeyError, TypeError):
         code, message, retryable, after_s = BAD_ANSWER, f"HTTP {status}", status >= 500 or status in _BUSY, 0.0
     return _TryAgainError(f"{code}: {message}", after_s) if retryable else RefusedError(status, code, message)

@@ -19,6 +19,8 @@ MARK = "CULM_PAYLOAD"
 """The environment variable that every process of a payload has from us: the folder of its attempt."""
 END_S = 2.0
 """A killed process is gone in milliseconds, unless the kernel itself is stuck in it."""
+LOOKS = 2
+"""In a row that find nothing: one misses a process that is forked meanwhile by one that ends meanwhile."""
 _POLL_S = 0.01
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -76,7 +78,10 @@ def descendants(without: Collection[int]) -> list[Process]:
 def end_descendants(without: Collection[int]) -> None:
     """Kill and reap our descendants until there are none, or the kernel does not let them go."""
     deadline = time.monotonic() + END_S
-    while (left := descendants(without)) and time.monotonic() < deadline:
+    n_empty = 0
+    while n_empty < LOOKS and time.monotonic() < deadline:
+        left = descendants(without)
+        n_empty = 0 if left else n_empty + 1
         for process in left:
             _kill(process)
         reap(left)
@@ -100,7 +105,10 @@ def end_left(folder: Path, leader: int, started: int) -> None:
     meanwhile means another process is left alone.
     """
     deadline = time.monotonic() + END_S
-    while (left := list(_left(folder, leader, started))) and time.monotonic() < deadline:
+    n_empty = 0
+    while n_empty < LOOKS and time.monotonic() < deadline:
+        left = list(_left(folder, leader, started))
+        n_empty = 0 if left else n_empty + 1
         for process in left:
             _kill(process)
         time.sleep(_POLL_S)

@@ -49,7 +49,9 @@ class Limits:
 class Payload:
     """A running payload."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", folder: Path, spec: dict[str, Any], others: frozenset[int]
+    ) -> None:
         self.process = process
         self.folder = folder
         self.started = processes.start_time(process.pid)
@@ -58,7 +60,7 @@ class Payload:
         """Why it was ended: the limit that it broke, or CANCELLED."""
         self._limits = _limits(spec)
         self._outputs = [str(name) for name in spec.get("outputs") or []]
-        self._others = processes.children() - {process.pid}
+        self._others = others
         self._started_at = time.monotonic()
         self._looked_at = self._started_at
         self._used: resource.struct_rusage | None = None
@@ -182,6 +184,8 @@ def start(spec: dict[str, Any], folder: Path, environment: "Mapping[str, str] | 
     ours = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "TMPDIR": str(folder)}
     marked = {**(environment or {}), processes.MARK: str(folder.parent)}
     address_space = _address_space(_limits(spec).memory_mb)
+    # Before it runs: after that an orphan of it may be a child of ours already.
+    others = processes.children()
 
     def prepare() -> None:
         processes.die_with_parent()
@@ -204,7 +208,7 @@ def start(spec: dict[str, Any], folder: Path, environment: "Mapping[str, str] | 
             if isinstance(error, OSError) and error.errno in _OF_THE_NODE:
                 raise
             raise PayloadError(f"the payload cannot be run: {_reason(error)}") from None
-    return Payload(process, folder, spec)
+    return Payload(process, folder, spec, others)
 
 
 def failure(code: int, text: str, plane: str = "pilot") -> dict[str, Any]:

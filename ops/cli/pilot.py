@@ -22,19 +22,23 @@ def pilot() -> None:
 @click.option("--queue", required=True, help="The computing queue to ask for.")
 @click.option("--max-jobs", type=int, default=0, help="End after so many jobs.")
 @click.option("--idle-exit", type=float, default=0.0, help="End after so many seconds without work.")
-def run(folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: float) -> None:
+@click.argument("more", nargs=-1)
+def run(*, folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: float, more: tuple[str, ...]) -> None:
     """Run a pilot here against the cluster, until SIGTERM or as the options say.
+
+    Options of the pilot itself (docs/pilot.md) go after `--`.
 
     \b
     Examples:
       culm pilot run --queue BNL-q --max-jobs 1
       culm pilot run --queue BNL-q --idle-exit 60
+      culm pilot run --queue BNL-q -- --wait 5 --heartbeat 10
     """
     layout = control.running(folder)
     command = [
         *(sys.executable, "-P", "-m", "pilot", "--server", layout.router_url, "--queue", queue),
         *("--token-file", str(layout.tokens / f"{authority}.pilot"), "--work-dir", str(layout.folder / "pilots")),
-        *("--max-jobs", str(max_jobs), "--idle-exit", str(idle_exit)),
+        *("--max-jobs", str(max_jobs), "--idle-exit", str(idle_exit), *more),
     ]
     os.execv(sys.executable, command)  # noqa: S606  # no shell: the arguments are passed as they are
 
@@ -49,4 +53,7 @@ def build(target: Path) -> None:
       culm pilot build
       culm pilot build /tmp/culm-pilot.pyz
     """
-    click.echo(build_zipapp(target))
+    try:
+        click.echo(build_zipapp(target))
+    except OSError as error:
+        raise click.ClickException(f"{target} cannot be written: {error.strerror}") from None

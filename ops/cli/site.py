@@ -147,9 +147,9 @@ def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catal
     if output == "json":
         click.echo(msgspec.json.encode(told))
         return
-    for one in told:
+    for row in told:
         click.echo(
-            "{authority}: {sites} sites ({new_sites} new), {queues} computing queues, epoch {epoch}".format(**one)
+            "{authority}: {sites} sites ({new_sites} new), {queues} computing queues, epoch {epoch}".format(**row)
         )
 
 
