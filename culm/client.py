@@ -1,6 +1,7 @@
 """The client of routers and monitors that our own tools use: JSON over HTTP, repeated while that is safe."""
 
 import asyncio
+import io
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -96,8 +97,10 @@ class Client:
 
     async def post(self, verb: str, request: msgspec.Struct, answer: type[A], *, timeout_s: float = TIMEOUT_S) -> A:
         """One request, repeated while it may be. Raises CulmError."""
-        body = msgspec.json.encode(request)
-        options: dict[str, Any] = {"data": body, "headers": {"Content-Type": "application/json"}}
+        options: dict[str, Any] = {
+            "data": msgspec.json.encode(request),
+            "headers": {"Content-Type": "application/json"},
+        }
         return await self._repeat("POST", verb, options, (answer, timeout_s))
 
     async def get(self, path: str, query: dict[str, Any], answer: type[A]) -> A:
@@ -123,6 +126,9 @@ class Client:
             raise RuntimeError("use the client as a context manager")
         kind, timeout_s = expect
         url = f"{self._url}/v1/{path}"
+        if "data" in options:
+            # A stream, anew for each try: aiohttp warns of large bodies that are bytes.
+            options = options | {"data": io.BytesIO(options["data"])}
         try:
             async with self._session.request(
                 method, url, timeout=aiohttp.ClientTimeout(total=timeout_s), **options

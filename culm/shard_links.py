@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from culm.errors import CulmError, Unavailable
+from culm.errors import Bug, CulmError, Unavailable
 from culm.link import LinkClient, LinkOptions
 from culm.topology import Topology
 
@@ -47,12 +47,19 @@ class ShardLinks:
         await asyncio.gather(*(link.stop() for link in self._links.values()))
 
     async def ask(self, shard: str, verb: str, message: msgspec.Struct, answer: type[A], deadline_s: float) -> A:
-        """One call; its decoded answer. Raises as LinkClient.call, and Unavailable(shard_down) for an unknown shard."""
+        """One call; its decoded answer.
+
+        Raises as LinkClient.call, Unavailable(shard_down) for an unknown shard, Bug for an answer that is not ours.
+        """
         link = self._links.get(shard)
         if link is None:
             raise Unavailable("shard_down", f"shard {shard} is not known here yet", details={"shard": shard})
         body = await link.call(verb, _ENCODER.encode(message), deadline_s)
-        return msgspec.msgpack.decode(body, type=answer)
+        try:
+            return msgspec.msgpack.decode(body, type=answer)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            # A CulmError, so that whoever asks many shards loses this one's answer only.
+            raise Bug(f"shard {shard} answered {verb} with what is no {answer.__name__}: {error}") from None
 
     async def ask_many(
         self, calls: Sequence[tuple[str, msgspec.Struct]], verb: str, answer: type[A], deadline_s: float

@@ -178,8 +178,8 @@ class Verifier:
                 continue
             if isinstance(key, Ed25519PublicKey):
                 keys[path.stem] = key
-        if self._keys.keys() - keys.keys():
-            # A key was withdrawn: so is every token it signed.
+        if any(keys.get(kid) != key for kid, key in self._keys.items()):
+            # A key was withdrawn or replaced: so is every token it signed.
             self._known.clear()
         self._keys = keys
 

@@ -26,6 +26,8 @@ SLOT_BLOCKS: Final = {CENTRAL: (0, 12287), "CERN": (12288, 16383)}
 
 QueueStatus = Literal["online", "offline", "test", "brokeroff"]
 Amount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+LeaseSeconds = Annotated[float, Meta(ge=0, le=10_000_000)]
+"""Bounded: MessagePack can carry infinity, which the JSON of a section would turn into null, readable to nobody."""
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -41,8 +43,8 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     platforms: list[str] = []
     priority_offsets: dict[str, Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]] = {}
     """By working group; "" is for jobs without one. The largest that applies wins."""
-    first_lease_s: Annotated[float, Meta(ge=0)] = 0.0
-    heartbeat_s: Annotated[float, Meta(ge=0)] = 0.0
+    first_lease_s: LeaseSeconds = 0.0
+    heartbeat_s: LeaseSeconds = 0.0
     reason: str = ""
     """Why the status is what it is, in the words of whoever set it."""
 

@@ -26,6 +26,8 @@ MAX_BODY_BYTES: Final = 2 << 20
 MAX_FRAME_BYTES: Final = 8 << 20
 MAX_TAIL_CHARS: Final = 8192
 MAX_PARENT_DEPTH: Final = 5
+MAX_ATTEMPT: Final = 2**31 - 1
+"""JSON can carry whole numbers beyond 64 bits, which neither MessagePack nor a database column can."""
 MAX_USAGE_S: Final = 1e12
 """MessagePack can carry infinity, which neither JSON nor a database column can."""
 
@@ -200,7 +202,7 @@ class HeartbeatRequest(Request, frozen=True, kw_only=True):
     """A sign of life of a leased job; its state may move on (starting, running)."""
 
     id: JobId
-    attempt: Annotated[int, Meta(ge=1)]
+    attempt: Annotated[int, Meta(ge=1, le=MAX_ATTEMPT)]
     lease_token: Key
     state: State
     usage: Usage | None = None
@@ -223,7 +225,7 @@ class ReportRequest(Request, frozen=True, kw_only=True):
     """
 
     id: JobId
-    attempt: Annotated[int, Meta(ge=0)] = 0
+    attempt: Annotated[int, Meta(ge=0, le=MAX_ATTEMPT)] = 0
     lease_token: OptionalName = ""
     state: State | None = None
     event: Event | None = None

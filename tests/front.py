@@ -1,12 +1,16 @@
 """A router in the test's event loop, over a running partition, spoken to over real HTTP."""
 
-from collections.abc import AsyncIterator
+import io
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import msgspec
 from aiohttp import web
+from yarl import URL
 
 from culm.client import Client
 from culm.link import LinkOptions
@@ -24,6 +28,25 @@ from tests.waiting import eventually
 
 TOKEN_S = 600.0
 CONNECT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as it came, decoded by its own content type."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: dict[str, Any]
+
+    @property
+    def code(self) -> str:
+        """The error's code, after a look whether the error is whole."""
+        assert self.body.keys() == {"error"}, self.body
+        error = self.body["error"]
+        assert error.keys() >= {"code", "message", "retryable", "retry_after_s"}, error
+        assert error["message"]
+        assert error["retryable"] == ("Retry-After" in self.headers) == (self.status == 503), self.body
+        return str(error["code"])
 
 
 @dataclass
@@ -44,6 +67,31 @@ class RunningFront:
     def client(self, principal: Principal = USER, **options: Any) -> Client:
         """A client; use it as a context manager."""
         return Client(self.url, self.token(principal), **options)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        kind: str = "application/json",
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """One request as any client could send it; without `token` a user's, with "" none."""
+        bearer = self.token(USER) if token is None else token
+        all_headers = {"Content-Type": kind} if body is not None else {}
+        all_headers |= {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        url = URL(f"{self.url}{path}", encoded=True)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(
+                method, url, data=None if body is None else io.BytesIO(body), headers=all_headers | dict(headers or {})
+            ) as response,
+        ):
+            answer = await response.read()
+            decode = msgspec.msgpack.decode if response.content_type == "application/msgpack" else msgspec.json.decode
+            return Reply(response.status, response.headers, decode(answer))
 
     def token_file(self, principal: Principal = PILOT) -> Path:
         """A token in a file, as a pilot wants it."""

@@ -1,0 +1,180 @@
+"""The topology on disk: readers keep their last good copy, changes are checked, recorded and never half done."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from culm.errors import ClientFault, Conflict
+from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, set_queue
+from culm.topology_store import AUDIT, TopologyCache, Who, change, create, load, load_section
+
+WHO = Who(actor="central:root", reason="a test", at=1.0)
+CERN_FIRST = 12_288
+replace = msgspec.structs.replace
+
+
+def central() -> Section:
+    return Section(
+        authority=CENTRAL,
+        epoch=1,
+        shards={"us1": Shard(link="unix:/run/us1")},
+        regions={"US": Region(slot=0, shards=["us1"])},
+        sites={"BNL": Site(region="US", slots=[1], queues={"BNL-q": Queue()})},
+        placement={0: Placement("us1", 1), 1: Placement("us1", 1)},
+    )
+
+
+def cern() -> Section:
+    return Section(
+        authority="CERN",
+        epoch=1,
+        shards={"cern1": Shard(link="unix:/run/cern1")},
+        regions={"CERN": Region(slot=CERN_FIRST, shards=["cern1"], strict=True)},
+        placement={CERN_FIRST: Placement("cern1", 1)},
+    )
+
+
+def offline(section: Section) -> Section:
+    return set_queue(section, "BNL-q", status="offline", reason="downtime")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    create(tmp_path / "topology", central())
+    create(tmp_path / "topology", cern())
+    return tmp_path / "topology"
+
+
+def test_a_change_is_seen_recorded_and_its_forerunner_kept(folder: Path) -> None:
+    cache = TopologyCache(folder)
+    assert change(folder, CENTRAL, offline, WHO).epoch == 2
+    assert cache.current.queue("BNL-q")[2].status == "online"
+    assert cache.refresh_if_changed()
+    assert cache.current.queue("BNL-q")[2].status == "offline"
+    assert cache.current.epochs == {CENTRAL: 2, "CERN": 1}
+    assert not cache.refresh_if_changed()
+    kept = msgspec.json.decode((folder / "history" / "central-1.json").read_bytes(), type=Section)
+    assert kept == central()
+    [row] = [msgspec.json.decode(line) for line in (folder / AUDIT).read_bytes().splitlines()]
+    assert (row["actor"], row["reason"], row["from_epoch"], row["to_epoch"]) == ("central:root", "a test", 1, 2)
+
+
+def test_a_change_that_changes_nothing_leaves_no_trace(folder: Path) -> None:
+    assert change(folder, CENTRAL, lambda section: section, WHO).epoch == 1
+    assert not (folder / AUDIT).exists()
+
+
+def test_who_builds_on_an_old_epoch_is_refused(folder: Path) -> None:
+    change(folder, CENTRAL, offline, WHO, expected=1)
+    with pytest.raises(Conflict) as caught:
+        change(folder, CENTRAL, offline, WHO, expected=1)
+    assert caught.value.code == "epoch_changed"
+    assert load_section(folder, CENTRAL).epoch == 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda section: replace(section, default_region="US"),
+        lambda section: replace(section, epoch=5),
+        lambda section: replace(section, epoch=2, default_region="nowhere"),
+        lambda section: replace(section, epoch=2, shards=section.shards | {"cern1": Shard(link="unix:/run/x")}),
+        lambda section: replace(section, epoch=2, placement=section.placement | {CERN_FIRST: Placement("us1", 2)}),
+    ],
+    ids=["no new epoch", "an epoch too far", "not valid", "the name of another authority's", "another's slot"],
+)
+def test_a_change_that_is_not_good_is_refused_and_nothing_is_written(
+    folder: Path, edit: Callable[[Section], Section]
+) -> None:
+    with pytest.raises(ClientFault) as caught:
+        change(folder, CENTRAL, edit, WHO)
+    assert caught.value.code == "bad_topology"
+    assert load_section(folder, CENTRAL) == central()
+    assert not (folder / AUDIT).exists()
+
+
+def test_a_section_is_created_once(folder: Path) -> None:
+    with pytest.raises(Conflict):
+        create(folder, central())
+
+
+def test_an_authority_without_a_section_is_unknown(folder: Path) -> None:
+    with pytest.raises(ClientFault) as caught:
+        change(folder, "nobody", offline, WHO)
+    assert (caught.value.code, caught.value.http_status) == ("unknown_authority", 404)
+
+
+# --- files that are broken for a moment -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"", b"{", b"null", b'{"authority":"\xff"}', b'{"authority":"central"}', b"\0" * 99]
+)
+def test_a_broken_section_keeps_its_last_good_copy_and_the_others_move_on(folder: Path, rubbish: bytes) -> None:
+    cache = TopologyCache(folder)
+    _overwrite(folder / "CERN.json", rubbish)
+    change_without_others = offline(central())
+    _overwrite(folder / "central.json", msgspec.json.encode(change_without_others))
+    cache.refresh_if_changed()
+    assert cache.current.queue("BNL-q")[2].status == "offline"
+    assert cache.current.region("CERN").slot == CERN_FIRST
+    with pytest.raises(ClientFault):
+        load(folder)
+
+
+def test_a_section_that_is_gone_keeps_its_last_good_copy(folder: Path) -> None:
+    cache = TopologyCache(folder)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    cache.refresh_if_changed()
+    assert cache.current.epochs == {CENTRAL: 1, "CERN": 1}
+
+
+def test_a_section_under_anothers_name_is_not_believed(folder: Path) -> None:
+    cache = TopologyCache(folder)
+    _overwrite(folder / "CERN.json", msgspec.json.encode(offline(central())))
+    cache.refresh_if_changed()
+    assert cache.current.epochs == {CENTRAL: 1, "CERN": 1}
+
+
+def test_a_folder_that_is_not_there_yet_is_found_later(tmp_path: Path) -> None:
+    cache = TopologyCache(tmp_path / "topology")
+    assert cache.current.epochs == {}
+    create(tmp_path / "topology", central())
+    assert cache.refresh_if_changed()
+    assert cache.current.epochs == {CENTRAL: 1}
+
+
+# --- fields that no section can carry ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"section": 1},
+        {"queue": "x"},
+        {"nonsense": 1},
+        {"status": "broken"},
+        {"cores": 0},
+        {"memory_mb": -1},
+        {"first_lease_s": float("inf")},
+        {"heartbeat_s": float("nan")},
+        {"heartbeat_s": 1e300},
+        {"priority_offsets": {"higgs": 10**12}},
+    ],
+    ids=str,
+)
+def test_a_computing_queue_takes_good_fields_only(folder: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(ClientFault) as caught:
+        change(folder, CENTRAL, lambda section: set_queue(section, "BNL-q", **changes), WHO)
+    assert caught.value.code == "bad_queue"
+    assert load_section(folder, CENTRAL) == central()
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """As an operator's copy would: another file under the name."""
+    beside = path.with_suffix(".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
