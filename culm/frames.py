@@ -16,6 +16,8 @@ from culm.wire import MAX_FRAME_BYTES, ErrorBody
 
 VERSION: Final = 1
 MAX_UNSENT_BYTES: Final = 64 << 20
+MAX_MESSAGE_CHARS: Final = 4000
+"""Of an error: it may quote what was sent, and must itself fit into a frame."""
 
 log = logging.getLogger("culm.link")
 
@@ -59,7 +61,7 @@ def error_body(error: CulmError) -> ErrorBody:
     """What crosses the wire of an error."""
     return ErrorBody(
         code=error.code,
-        message=error.message,
+        message=error.message[:MAX_MESSAGE_CHARS],
         retryable=error.retryable,
         retry_after_s=error.retry_after_s,
         details={**error.details, "status": error.http_status},

@@ -12,6 +12,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from culm import address
@@ -116,7 +117,14 @@ class _ServerConnection(Connection):
         if len(self.tasks) >= MAX_CALLS_PER_CONNECTION:
             self._send_error(frame.stream, Unavailable("overloaded", "too many calls on this link"))
             return
-        self.tasks[frame.stream] = self._loop.create_task(self._run(frame))
+        task = self.tasks[frame.stream] = self._loop.create_task(self._run(frame))
+        task.add_done_callback(partial(self._ended, frame.stream))
+
+    def _ended(self, stream: int, task: asyncio.Task[None]) -> None:
+        self.tasks.pop(stream, None)
+        if task.cancelled():
+            # By a CANCEL in the same read as the CALL, before its first step: it is owed its one answer too.
+            self._send_error(stream, Unavailable("cancelled", "the call was cancelled"))
 
     async def _run(self, frame: Frame) -> None:
         try:
@@ -130,8 +138,6 @@ class _ServerConnection(Connection):
         except Exception:  # the last guard of a call: whatever it was must not end the connection of all others
             log.exception("link %s: %s failed", self.name, frame.verb)
             self._send_error(frame.stream, Bug(f"{frame.verb} failed, see the log of {self.name}"))
-        finally:
-            self.tasks.pop(frame.stream, None)
 
     def _answer(self, call: Frame, answer: bytes) -> None:
         if self.transport is not None and not self.transport.is_closing():

@@ -1,8 +1,8 @@
 """Typed settings: a TOML file, then environment variables, then validation. Unknown keys are errors.
 
 `CULM_ROUTER_WORKERS=4` overrides `workers` of the router; a nested key is joined with two underscores
-(`CULM_SHARD_TIMEOUTS__FIRST_LEASE_S=5`). `docs/settings.md` is generated from these classes. Paths may be relative to
-the file's own folder.
+(`CULM_SHARD_TIMEOUTS__FIRST_LEASE_S=5`). `docs/settings.md` is generated from these classes. Paths are taken as they
+are: a relative one belongs to the folder in which the process was started.
 """
 
 import os
@@ -58,7 +58,7 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     link_window: Count = 4096
     """Requests under way on one link; beyond it 503."""
     max_connections: Count = 20_000
-    """Connections of clients per worker process."""
+    """Connections of clients per worker process; beyond it 503."""
     topology_poll_s: Seconds = 0.5
     """How often the topology is looked at for a newer epoch."""
     link_tls: TlsSettings | None = None

@@ -5,6 +5,7 @@ begins with the authority's name. Rotation adds a key and keeps the old public o
 until they expire. Verifiers read the folder again when a kid is new to them, so nothing restarts.
 """
 
+import logging
 import os
 import secrets
 import time
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -32,9 +34,13 @@ ALGORITHM: Final = "EdDSA"
 AUDIENCE: Final = "culm"
 LEEWAY_S: Final = 30
 MAX_TOKEN_CHARS: Final = 8192
+MAX_NAME_CHARS: Final = 128
+"""A subject becomes an owner, and the database has no room for more."""
 CACHED: Final = 20_000
 RELOAD_S: Final = 1.0
-"""The folder of keys is looked at no more often, whatever unknown kids are shown."""
+"""A folder of keys that looks unchanged is read no more often, whatever unknown kids are shown."""
+
+log = logging.getLogger("culm.tokens")
 
 
 class KeyRing:
@@ -71,6 +77,8 @@ class KeyRing:
         """Sign a token for `valid_s` seconds. The principal's authority must be the ring's own."""
         if principal.authority != self.authority:
             raise ClientFault("bad_authority", f"this ring signs for {self.authority} only")
+        if not 0 < len(principal.subject) <= MAX_NAME_CHARS or len(principal.vo) > MAX_NAME_CHARS:
+            raise ClientFault("bad_principal", f"subject and VO have at most {MAX_NAME_CHARS} characters")
         kid = self.ensure()
         key = load_pem_private_key((self._folder / f"{kid}.key").read_bytes(), None)
         if not isinstance(key, Ed25519PrivateKey):
@@ -93,6 +101,7 @@ class Verifier:
         self._keys: dict[str, Ed25519PublicKey] = {}
         self._known: OrderedDict[str, tuple[float, Principal]] = OrderedDict()
         self._loaded_at = float("-inf")
+        self._folder_at = 0
 
     def verify(self, header: str | None) -> Principal:
         """The principal of an Authorization header.
@@ -102,7 +111,8 @@ class Verifier:
         if not header:
             raise _refused("no_token", "a bearer token is needed")
         scheme, _, token = header.partition(" ")
-        if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_CHARS:
+        # A header that is not ASCII reaches us with surrogates in it, on which a decoder stumbles.
+        if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_CHARS or not token.isascii():
             raise _refused("bad_token", "the Authorization header is not 'Bearer TOKEN'")
         known = self._known.get(token)
         if known is not None and self._clock.now() < known[0] + LEEWAY_S:
@@ -138,21 +148,34 @@ class Verifier:
             )
         except msgspec.ValidationError as error:
             raise _refused("bad_token", f"the token's claims are not good: {error}") from None
+        if not 0 < len(principal.subject) <= MAX_NAME_CHARS or len(principal.vo) > MAX_NAME_CHARS:
+            raise _refused("bad_token", "the token's subject or VO is empty or too long")
         return float(claims["exp"]), principal
 
     def _key(self, kid: str) -> Ed25519PublicKey:
-        if kid not in self._keys and self._clock.monotonic() - self._loaded_at >= RELOAD_S:
+        if kid not in self._keys and self._may_know_more():
             self._load()
         key = self._keys.get(kid)
         if key is None:
             raise _refused("unknown_key", "the token's key is not trusted here")
         return key
 
+    def _may_know_more(self) -> bool:
+        """At once when a file came or went, so that a new key is good from its first token on; else now and then."""
+        return _modified_at(self._trusted) != self._folder_at or self._clock.monotonic() - self._loaded_at >= RELOAD_S
+
     def _load(self) -> None:
         self._loaded_at = self._clock.monotonic()
+        # Before the files: what changes meanwhile is seen next time.
+        self._folder_at = _modified_at(self._trusted)
         keys: dict[str, Ed25519PublicKey] = {}
         for path in self._trusted.glob("*.pub"):
-            key = load_pem_public_key(path.read_bytes())
+            try:
+                key = load_pem_public_key(path.read_bytes())
+            except (OSError, ValueError, UnsupportedAlgorithm) as error:
+                # One broken file must not keep the other keys from being seen, nor withdrawn ones from being dropped.
+                log.warning("%s is no public key: %s", path, error)
+                continue
             if isinstance(key, Ed25519PublicKey):
                 keys[path.stem] = key
         if self._keys.keys() - keys.keys():
@@ -169,9 +192,19 @@ def _refused(code: str, message: str) -> ClientFault:
     return ClientFault(code, message, http_status=401)
 
 
+def _modified_at(folder: Path) -> int:
+    """When a file last came or went, nanoseconds; 0 for no folder."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """Never wider than `mode`, never over an existing file, durable."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    """Never wider than `mode`, never seen half written, durable."""
+    beside = path.with_suffix(".new")
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    beside.rename(path)

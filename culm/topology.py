@@ -17,6 +17,7 @@ from uhashring import HashRing
 
 from culm.errors import ClientFault, Conflict
 from culm.ids import MAX_SLOT
+from culm.priorities import MAX_PRIORITY
 from culm.wire import Name, OptionalName, SlotRef
 
 CENTRAL: Final = "central"
@@ -38,7 +39,7 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     walltime_s: Amount = 0
     releases: list[str] = []
     platforms: list[str] = []
-    priority_offsets: dict[str, int] = {}
+    priority_offsets: dict[str, Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]] = {}
     """By working group; "" is for jobs without one. The largest that applies wins."""
     first_lease_s: Annotated[float, Meta(ge=0)] = 0.0
     heartbeat_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -275,7 +276,7 @@ def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Sect
     return changed
 
 
-def set_queue(section: Section, queue: str, **changes: object) -> Section:
+def set_queue(section: Section, queue: str, /, **changes: object) -> Section:
     """The section with fields of one computing queue changed, one epoch later.
 
     Raises:

@@ -105,7 +105,10 @@ class TopologyCache:
         self.refresh_if_changed()
 
     def refresh_if_changed(self) -> bool:
-        """Read again if a file has changed; whether there is something new. Never raises: the last good copy stays."""
+        """Read again if a file has changed; whether there is something new. Never raises.
+
+        The last good copy of a section stays where its file is missing or broken, and the others move on.
+        """
         try:
             seen = tuple(
                 (path.name, info.st_mtime_ns, info.st_ino)
@@ -114,12 +117,24 @@ class TopologyCache:
             )
             if seen == self._seen:
                 return False
-            self.current = load(self._folder)
+            self.current = Topology((self.current.sections | self._good_sections()).values())
         except (ClientFault, OSError) as error:
             log.warning("the topology stays at %s: %s", self.current.epochs, error)
             return False
         self._seen = seen
         return True
+
+    def _good_sections(self) -> dict[str, Section]:
+        sections = {}
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                section = _read(path)
+                validate(section)
+            except ClientFault as error:
+                log.warning("the section %s stays as it was: %s", path.stem, error)
+            else:
+                sections[section.authority] = section
+        return sections
 
     async def poll(self) -> None:
         """One turn of a background loop."""
@@ -129,7 +144,7 @@ class TopologyCache:
 def _read(path: Path) -> Section:
     try:
         section = msgspec.json.decode(path.read_bytes(), type=Section)
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise ClientFault("bad_topology", f"{path}: {error}") from None
     if section.authority != path.stem:
         raise ClientFault("bad_topology", f"{path} holds the section of {section.authority}")

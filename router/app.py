@@ -1,5 +1,6 @@
 """The HTTP face of the router: a table of verbs. Handlers decode, call one use case, encode."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -74,9 +75,9 @@ class Front:
         message = await dialects.decode(request, GetJobRequest)
         answer = await pilots.get_job(self._forward, principal, message)
         dialect = dialects.answer_dialect(request)
-        response = dialects.encode(dialect, dialects.grants_in(dialect, answer))
         written = False
         try:
+            response = dialects.encode(dialect, dialects.grants_in(dialect, answer))
             await response.prepare(request)
             await response.write_eof()
             written = request.transport is not None and not request.transport.is_closing()
@@ -142,7 +143,7 @@ class Front:
         except web.HTTPException as error:
             outcome = f"http_{error.status}"
             return dialects.encode_error(dialects.answer_dialect(request), _of_http(request, error))
-        except (ConnectionResetError, BrokenPipeError):
+        except (ConnectionResetError, BrokenPipeError, asyncio.CancelledError):
             outcome = "client_gone"
             raise
         except Exception:  # the last guard of a request: one bad request must not look like a dead router

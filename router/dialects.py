@@ -1,19 +1,24 @@
 """JSON and MessagePack over HTTP: the same messages, chosen by content type; and errors in either."""
 
+import asyncio
 import random
 from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
 
 from culm.errors import ClientFault, CulmError
 from culm.frames import error_body
-from culm.wire import ErrorBody, GetJobAnswer
+from culm.wire import MAX_BODY_BYTES, ErrorBody, GetJobAnswer
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
 RETRY_JITTER: Final = 0.5
 """Retry-After is lengthened by up to this part, so that the clients of a dead shard do not come back at once."""
+
+READ_S: Final = 30.0
+"""A client that sends its body by drops does not hold a connection for ever."""
 
 M = TypeVar("M", bound=msgspec.Struct)
 
@@ -42,9 +47,14 @@ async def decode(request: web.Request, kind: type[M]) -> M:
     """The request's message. Raises ClientFault: unsupported_media_type, body_too_large, bad_request."""
     dialect = dialect_of(request)
     try:
-        body = await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise ClientFault("body_too_large", f"the body is larger than {error.text}", http_status=413) from None
+        async with asyncio.timeout(READ_S):
+            body = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise ClientFault("body_too_large", f"the body exceeds {MAX_BODY_BYTES} bytes", http_status=413) from None
+    except TimeoutError:
+        raise ClientFault("body_too_slow", f"the body did not come in {READ_S:.0f} s", http_status=408) from None
+    except (PayloadEncodingError, web.RequestPayloadError):
+        raise ClientFault("bad_request", "the body is not encoded as its headers say") from None
     decoder = _DECODERS.get((dialect, kind))
     if decoder is None:
         decoder = msgspec.json.Decoder(kind) if dialect == JSON else msgspec.msgpack.Decoder(kind)

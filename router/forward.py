@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 import msgspec
 from prometheus_client import Counter
 
-from culm.errors import Moved
+from culm.errors import ClientFault, Moved
 from culm.shard_links import ShardLinks
 from culm.topology import Topology
 from culm.topology_store import TopologyCache
@@ -40,6 +40,16 @@ class Forward:
         self._topology.refresh_if_changed()
         return self._topology.current
 
+    def resolve(self, find: Callable[[Topology], T]) -> T:
+        """What `find` finds, after one look for a newer topology where it finds nothing.
+
+        Another worker or process may have registered the name a moment ago. Raises as `find`.
+        """
+        try:
+            return find(self.topology)
+        except ClientFault:
+            return find(self.fresh_topology())
+
     async def corrected(self, attempt: Callable[[Topology], Awaitable[T]]) -> T:
         """Run `attempt`, and again with a fresh topology while a shard answers "moved"; the last one's error stands.
 
@@ -59,6 +69,7 @@ class Forward:
 
     async def to_slot(self, slot: int, verb: str, message: Callable[[SlotRef], msgspec.Struct], answer: type[A]) -> A:
         """Ask the shard of a slot. Raises ClientFault(unknown_slot), and as ShardLinks.ask."""
+        self.resolve(lambda topology: topology.place(slot))
 
         async def attempt(topology: Topology) -> A:
             ref = topology.slot(slot)

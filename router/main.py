@@ -1,11 +1,11 @@
 """The router process: a parent that keeps its workers alive, and the workers, which share one port."""
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
 import signal
-import socket
 import time
 from types import FrameType
 from typing import Final
@@ -18,6 +18,7 @@ from culm.settings import RouterSettings
 from culm.shard_links import ShardLinks
 from culm.tokens import Verifier
 from culm.topology_store import TopologyCache
+from router import door
 from router.app import Front
 from router.forward import Forward
 
@@ -25,7 +26,6 @@ RESTART_PAUSE_S: Final = 0.2
 STOP_S: Final = 15.0
 SHUTDOWN_S: Final = 5.0
 KEYS_POLL_S: Final = 5.0
-BACKLOG: Final = 4096
 PR_SET_PDEATHSIG: Final = 1
 
 log = logging.getLogger("router.main")
@@ -52,7 +52,7 @@ class _Parent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # Held, not listened on: the port stays ours while every worker is down.
-        with _bound(self._settings):
+        with door.bound(self._settings.host, self._settings.port):
             while not self._stopping:
                 while len(self._pids) < self._settings.workers and not self._stopping:
                     self._fork()
@@ -93,7 +93,9 @@ class _Parent:
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
         for pid in self._pids:
-            os.kill(pid, signal.SIGTERM)
+            # The signal can come between a worker's end and our note of it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def _end(self) -> None:
         deadline = time.monotonic() + STOP_S
@@ -133,18 +135,11 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     )
     await runner.setup()
     try:
-        await web.SockSite(runner, _bound(settings), backlog=BACKLOG).start()
+        server = await door.listen(runner, door.bound(settings.host, settings.port), settings.max_connections)
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()
+        server.close()
     finally:
         await runner.cleanup()
         await loops.stop()
         await links.stop()
-
-
-def _bound(settings: RouterSettings) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    bound.bind((settings.host, settings.port))
-    return bound

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from culm import access
-from culm.errors import ClientFault, CulmError, Moved
+from culm.errors import CulmError, Moved
 from culm.ids import slot_of
 from culm.shard_links import ShardLinks
 from culm.topology import Queue, Site, Topology
@@ -46,10 +46,7 @@ async def get_job(forward: Forward, principal: Principal, request: GetJobRequest
     """
     if not access.allows_queue(principal, request.queue):
         raise access.forbidden(f"the token is not scoped for the computing queue {request.queue}")
-    try:
-        forward.topology.queue(request.queue)
-    except ClientFault:
-        forward.fresh_topology().queue(request.queue)
+    forward.resolve(lambda topology: topology.queue(request.queue))
 
     async def attempt(topology: Topology) -> GetJobAnswer:
         _, site, queue = topology.queue(request.queue)
@@ -116,17 +113,20 @@ class Orphans:
 async def _ask_shards(
     forward: Forward, topology: Topology, asked: tuple[Principal, GetJobRequest], where: tuple[Site, Queue]
 ) -> GetJobAnswer:
-    """Ask the shards of the pilot's slots in turn; only the last one is waited at.
+    """Ask the shards of the pilot's slots in turn, its home first; if none has work, wait at home.
 
     Usually there is one. A shard that is down does not keep the pilot from the others, unless none has work.
     """
     principal, request = asked
     site, queue = where
-    # The home shard comes last: that is where a pilot waits.
-    shards = list(reversed(pilot_slots(topology, site, request.pilot.id)))
+    shards = pilot_slots(topology, site, request.pilot.id)
+    turns = [(shard, slots, 0.0) for shard, slots in shards]
+    if len(shards) == 1:
+        turns = [(*shards[0], request.wait_s)]
+    elif request.wait_s:
+        turns.append((*shards[0], request.wait_s))
     failed: CulmError | None = None
-    for number, (shard, slots) in enumerate(shards, start=1):
-        wait_s = request.wait_s if number == len(shards) else 0.0
+    for shard, slots, wait_s in turns:
         message = ShardGetJob(
             slots=slots,
             request_id=request.request_id,

@@ -25,6 +25,8 @@ def _check_job(principal: Principal, spec: JobSpec) -> None:
         raise ClientFault("bad_job", "argv[0] is empty")
     if any("\0" in text for text in (*spec.argv, spec.shell, *spec.environment, *spec.environment.values())):
         raise ClientFault("bad_job", "a NUL byte cannot be passed to a process")
+    if any("\0" in name for name in (*spec.outputs, *(file.name for file in spec.inputs))):
+        raise ClientFault("bad_job", "a NUL byte cannot be part of a file's name")
     if any("=" in name for name in spec.environment):
         raise ClientFault("bad_job", "the name of an environment variable cannot hold '='")
     if any("/" in name or name in {".", ".."} for name in spec.outputs):

@@ -1,6 +1,8 @@
 """Submit: cut a call by shard, forward the parts at once, say per shard what became of it."""
 
-from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
+from collections.abc import Iterable
+
+from culm.errors import CulmError, Moved, Unavailable
 from culm.frames import error_body
 from culm.ids import slot_of
 from culm.topology import Topology
@@ -28,11 +30,13 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
         Conflict: key_reused.
         Unavailable: partial_submit, with the SubmitAnswer so far in details["answer"]; or as the shards say.
 
+    Where one of several shards refused its part for good, its error is raised, with the same details.
+
     Safe to retry: yes, by the idempotency key.
     """
     check_jobs(principal, request.jobs)
-    topology = _knowing(forward, request)
-    depths = await _parent_depths(forward, topology, request.jobs)
+    forward.resolve(lambda topology: split_by_shard(topology, request.jobs, request.idempotency_key))
+    depths = await _parent_depths(forward, request.jobs)
     jobset = request.jobset or jobset_of(principal.subject, request.idempotency_key)
 
     async def attempt(topology: Topology) -> SubmitAnswer:
@@ -56,16 +60,6 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
     return await forward.corrected(attempt)
 
 
-def _knowing(forward: Forward, request: SubmitRequest) -> Topology:
-    """A topology that knows every target, after one look for a newer one."""
-    try:
-        split_by_shard(forward.topology, request.jobs, request.idempotency_key)
-    except ClientFault:
-        fresh = forward.fresh_topology()
-        split_by_shard(fresh, request.jobs, request.idempotency_key)
-    return forward.topology
-
-
 def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnswer | CulmError]]) -> SubmitAnswer:
     ids: list[int | None] = [None] * n_jobs
     shards: dict[str, ShardOutcome] = {}
@@ -86,8 +80,13 @@ def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnsw
     if moved is not None:
         # The parts that were accepted are found again by their key.
         raise moved
-    if len(errors) == len(done) and (len(done) == 1 or isinstance(errors[0], (ClientFault, Conflict))):
+    if len(done) == 1:
         raise errors[0]
+    final = next((error for error in errors if not error.retryable), None)
+    if final is not None:
+        # A repeat could never complete the call: its caller is told so, and what the other shards did.
+        final.details |= {"answer": merged}
+        raise final
     raise Unavailable(
         "partial_submit",
         f"{len(errors)} of {len(done)} shards did not accept their part; repeat the call with the same key",
@@ -96,11 +95,10 @@ def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnsw
     )
 
 
-async def _parent_depths(forward: Forward, topology: Topology, specs: list[JobSpec]) -> dict[int, int]:
+async def _parent_depths(forward: Forward, specs: list[JobSpec]) -> dict[int, int]:
     """How deep the parents lie: each is asked of its own shard, for a child may live on another."""
-    by_shard: dict[str, list[int]] = {}
-    for parent in {spec.parent_id for spec in specs if spec.parent_id is not None}:
-        by_shard.setdefault(topology.place(slot_of(parent)).shard, []).append(parent)
+    parents = {spec.parent_id for spec in specs if spec.parent_id is not None}
+    by_shard = forward.resolve(lambda topology: _ids_by_shard(topology, parents))
     calls = [(shard, ShardDepths(ids=ids)) for shard, ids in by_shard.items()]
     depths: dict[int, int] = {}
     for answer in await forward.links.ask_many(calls, "depths", ShardDepthsAnswer, forward.deadline_s):
@@ -108,3 +106,10 @@ async def _parent_depths(forward: Forward, topology: Topology, specs: list[JobSp
             raise answer
         depths |= answer.depths
     return depths
+
+
+def _ids_by_shard(topology: Topology, ids: Iterable[int]) -> dict[str, list[int]]:
+    by_shard: dict[str, list[int]] = {}
+    for identifier in ids:
+        by_shard.setdefault(topology.place(slot_of(identifier)).shard, []).append(identifier)
+    return by_shard

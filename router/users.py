@@ -1,7 +1,10 @@
 """What users ask: cancel, one job, pages of jobs. What spans shards says which of them gave no answer."""
 
+import contextlib
+from collections.abc import Container
+
 from culm import access
-from culm.errors import ClientFault, CulmError
+from culm.errors import ClientFault, CulmError, Moved
 from culm.ids import slot_of
 from culm.topology import Topology
 from culm.wire import (
@@ -29,20 +32,32 @@ async def cancel(forward: Forward, principal: Principal, request: CancelRequest)
     if bool(request.ids) == (request.jobset is not None):
         raise ClientFault("bad_cancel", "either ids or a jobset is needed")
 
-    async def attempt(topology: Topology) -> CancelAnswer:
-        calls, unknown = _cancel_calls(topology, principal, request)
-        answers = await forward.links.ask_many(calls, "cancel", CancelAnswer, forward.deadline_s)
-        ended = [CancelledJob(id=identifier, outcome="not_found") for identifier in unknown]
-        missing = []
-        for (shard, call), answer in zip(calls, answers, strict=True):
-            if isinstance(answer, CulmError):
-                missing.append(shard)
-                ended += [CancelledJob(id=identifier, outcome="unknown") for identifier in call.ids]
-            else:
-                ended += answer.jobs
-        return CancelAnswer(jobs=ended, missing_shards=missing)
+    ended: dict[int, CancelledJob] = {}
+    missing: dict[str, CulmError] = {}
 
-    return await forward.corrected(attempt)
+    async def attempt(topology: Topology) -> None:
+        calls = _cancel_calls(topology, principal, request, ended)
+        missing.clear()
+        for (shard, _), answer in zip(
+            calls, await forward.links.ask_many(calls, "cancel", CancelAnswer, forward.deadline_s), strict=True
+        ):
+            if isinstance(answer, CulmError):
+                missing[shard] = answer
+            else:
+                # What an earlier attempt ended stays ended: a repeat would call it "already_final".
+                ended.update((job.id, job) for job in answer.jobs if job.id not in ended)
+        for error in missing.values():
+            if isinstance(error, Moved):
+                raise error
+
+    with contextlib.suppress(ClientFault):
+        forward.resolve(lambda topology: [topology.place(slot_of(identifier)) for identifier in request.ids])
+    with contextlib.suppress(Moved):
+        await forward.corrected(attempt)
+    for identifier in request.ids:
+        placed = slot_of(identifier) in forward.topology.placement
+        ended.setdefault(identifier, CancelledJob(id=identifier, outcome="unknown" if placed else "not_found"))
+    return CancelAnswer(jobs=list(ended.values()), missing_shards=list(missing))
 
 
 async def job(forward: Forward, principal: Principal, identifier: int) -> JobView:
@@ -59,7 +74,7 @@ async def jobs(forward: Forward, principal: Principal, query: JobsQuery) -> Jobs
     Raises ClientFault (unknown_site, unknown_region, forbidden).
     """
     access.require_role(principal, "user", "admin")
-    by_shard = _slots_of_query(forward.topology, query)
+    by_shard = forward.resolve(lambda topology: _slots_of_query(topology, query))
     calls = [(shard, ShardJobs(principal=principal, query=query, slots=slots)) for shard, slots in by_shard.items()]
     answers = await forward.links.ask_many(calls, "jobs", JobsAnswer, forward.deadline_s)
     missing = [shard for (shard, _), answer in zip(calls, answers, strict=True) if isinstance(answer, CulmError)]
@@ -71,26 +86,22 @@ async def jobs(forward: Forward, principal: Principal, query: JobsQuery) -> Jobs
 
 
 def _cancel_calls(
-    topology: Topology, principal: Principal, request: CancelRequest
-) -> tuple[list[tuple[str, ShardCancel]], list[int]]:
-    """One call per shard, and the ids that no shard can know."""
+    topology: Topology, principal: Principal, request: CancelRequest, ended: Container[int]
+) -> list[tuple[str, ShardCancel]]:
+    """One call per shard, for the ids that have no outcome yet and that a shard can know."""
     if request.jobset is not None:
         # A jobset may span shards: all are asked.
         jobset = ShardCancel(principal=principal, slots=[], jobset=request.jobset)
-        return [(shard, jobset) for shard in topology.shards], []
+        return [(shard, jobset) for shard in topology.shards]
     by_shard: dict[str, dict[SlotRef, list[int]]] = {}
-    unknown = []
-    for identifier in request.ids:
+    for identifier in dict.fromkeys(request.ids):
         slot = slot_of(identifier)
-        if slot in topology.placement:
+        if identifier not in ended and slot in topology.placement:
             by_shard.setdefault(topology.place(slot).shard, {}).setdefault(topology.slot(slot), []).append(identifier)
-        else:
-            unknown.append(identifier)
-    calls = [
+    return [
         (shard, ShardCancel(principal=principal, slots=list(slots), ids=[i for ids in slots.values() for i in ids]))
         for shard, slots in by_shard.items()
     ]
-    return calls, unknown
 
 
 def _slots_of_query(topology: Topology, query: JobsQuery) -> dict[str, list[int]]:

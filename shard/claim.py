@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from culm.errors import ClientFault, CulmError
 from culm.settings import Timeouts
 from culm.states import Event
 from culm.wire import Grant, ShardGetJob
@@ -32,8 +33,12 @@ class Seat:
     keys: tuple[ClassKey, ...]
     """The active classes that its offer fits, when the batch was made."""
     grants: list[Grant] = field(default_factory=list)
+    taken: list[ClassKey] = field(default_factory=list)
+    """The classes of what it newly got."""
     repeated: bool = False
-    """Answered from the leases that its first try got."""
+    """Answered from the leases that its first try got, or refused: it takes nothing new."""
+    refusal: CulmError | None = None
+    """Why it gets nothing, although others of the batch do."""
 
 
 @dataclass
@@ -65,6 +70,11 @@ class _Group:
         return sum(seat.call.n_jobs for seat in self.seats if not seat.repeated) - len(self.won)
 
 
+def identity(call: ShardGetJob) -> tuple[str, str]:
+    """What makes two calls the same request. Without trailing spaces, which the database does not compare."""
+    return call.subject.rstrip(" "), call.request_id.rstrip(" ")
+
+
 def groups_of(seats: Sequence[Seat]) -> list[tuple[tuple[ClassKey, ...], int]]:
     """The distinct sets of classes in the batch and how many jobs each wants, in the order of `claim`'s hints."""
     return [(group.keys, group.wanted) for group in _groups(seats)]
@@ -85,8 +95,9 @@ async def claim(tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hin
     """
     for seat in seats:
         seat.grants.clear()
-        seat.repeated = False
-    await lock_slots(tx, {ref.slot: ref for seat in seats for ref in seat.call.slots}.values())
+        seat.taken.clear()
+        seat.repeated, seat.refusal = False, None
+    await lock_slots(tx, [ref for seat in seats for ref in seat.call.slots])
     await _answer_repeated(tx, seats)
     result = Claimed(seats)
     groups = _groups(seats)
@@ -97,7 +108,7 @@ async def claim(tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hin
         short = [group for group in groups if group.wanted > 0 and group.keys]
         if not short:
             break
-        if not await _win_from_database(tx, short, result):
+        if not await _win_from_database(tx, short, groups, result):
             break
     await _grant(tx, groups, timeouts)
     return result
@@ -116,12 +127,15 @@ async def _answer_repeated(tx: Transaction, seats: Sequence[Seat]) -> None:
         return
     leases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        leases.setdefault((row[0], row[1]), []).append(row)
+        leases.setdefault((row[0].rstrip(" "), row[1].rstrip(" ")), []).append(row)
     jobs = await _read_claimed(tx, [row[2] for row in rows])
     for seat in seats:
-        for _, _, job_id, attempt, token, first_s, heartbeat_s in leases.get(_identity(seat), []):
-            if job_id in jobs:
-                seat.repeated = True
+        for _, _, job_id, attempt, token, first_s, heartbeat_s in leases.get(identity(seat.call), []):
+            seat.repeated = True
+            if jobs[job_id][11] != seat.call.offer.queue:
+                # Two tokens of one subject may be scoped differently (I13): a request is one computing queue's.
+                seat.refusal = ClientFault("request_id_reused", "this request id was used for another computing queue")
+            else:
                 seat.grants.append(_grant_of(jobs[job_id], attempt, token, (first_s, heartbeat_s)))
 
 
@@ -145,12 +159,16 @@ async def _win(tx: Transaction, groups: Sequence[_Group], candidates: Sequence[l
     return n_won
 
 
-async def _win_from_database(tx: Transaction, groups: Sequence[_Group], result: Claimed) -> bool:
+async def _win_from_database(
+    tx: Transaction, groups: Sequence[_Group], all_groups: Sequence[_Group], result: Claimed
+) -> bool:
     """One more round with InnoDB's own order; whether another one may win more."""
     candidates = []
     result.contended = False
+    # Rows that another group of this batch has won are still there, and our own lock would not hide them from us.
+    own = {hint.id for group in all_groups for hint in group.won}
     for group in groups:
-        found = await _best_in_database(tx, group, result)
+        found = await _best_in_database(tx, group, own, result)
         # What stands there but could not be locked before is in a rival's hands: he may yet give it back.
         result.contended = result.contended or any(hint.id in group.tried for hint in found)
         candidates.append([hint for hint in found if hint.id not in group.tried][: group.wanted])
@@ -163,8 +181,8 @@ async def _win_from_database(tx: Transaction, groups: Sequence[_Group], result: 
     return n_candidates > 0
 
 
-async def _best_in_database(tx: Transaction, group: _Group, result: Claimed) -> list[Hint]:
-    limit = group.wanted + len(group.tried)
+async def _best_in_database(tx: Transaction, group: _Group, own: set[int], result: Claimed) -> list[Hint]:
+    limit = group.wanted + len(group.tried | own)
     found: list[Hint] = []
     for start in range(0, len(group.keys), CLASSES_PER_STATEMENT):
         keys = group.keys[start : start + CLASSES_PER_STATEMENT]
@@ -172,7 +190,6 @@ async def _best_in_database(tx: Transaction, group: _Group, result: Claimed) -> 
         hints = [Hint(row[3], row[0], ClassKey(row[1], row[2])) for row in rows]
         result.empty += set(keys) - {hint.key for hint in hints}
         found += hints
-    own = {hint.id for hint in group.won}
     return sorted(hint for hint in found if hint.id not in own)
 
 
@@ -203,6 +220,7 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts) 
             )
         )
         seat.grants.append(_grant_of(row, attempt, token, (first_s, heartbeat_s)))
+        seat.taken.append(hint.key)
     # The lease first: its unique key is where a request id that is under way twice is caught.
     await tx.execute_rows("insert_leases", leases)
     await apply(tx, changes)
@@ -241,7 +259,3 @@ def _grant_of(row: Row, attempt: int, token: str, lease: tuple[float, float]) ->
         priority=row[8],
         spec=msgspec.Raw(row[16]),
     )
-
-
-def _identity(seat: Seat) -> tuple[str, str]:
-    return seat.call.subject, seat.call.request_id

@@ -34,6 +34,7 @@ class ClassRegistry:
     def learn(self, slot: int, class_id: int, body: bytes) -> None:
         """Remember a class as stored. Raises msgspec.DecodeError for a body that is none."""
         self._known[slot][class_id] = _DECODER.decode(body)
+        self._fits[slot].clear()
 
     def knows(self, key: ClassKey) -> bool:
         """Whether the class was learned."""
@@ -76,7 +77,9 @@ class ClassRegistry:
             fits = remembered.get(offer)
             if fits is None:
                 known = self._known[slot]
-                fits = tuple(ClassKey(slot, c) for c in sorted(self._active[slot]) if matches(known[c], offer))
+                fits = tuple(
+                    ClassKey(slot, c) for c in sorted(self._active[slot] & known.keys()) if matches(known[c], offer)
+                )
                 if len(remembered) >= MAX_REMEMBERED_OFFERS:
                     remembered.clear()
                 remembered[offer] = fits

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -30,12 +30,15 @@ T = TypeVar("T")
 RETRIED: Final = frozenset({1020, 1205, 1213})
 """Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
 LOST: Final = frozenset(
-    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055}
+    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 1969, 2002, 2003, 2006, 2013, 2014, 2055}
+    | {3024, 4031}
 )
-"""Server gone, going, read-only or without quorum: reconnect, 503."""
+"""Server gone, going, read-only or without quorum, or the statement was killed there: reconnect, 503."""
 FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
 """Disk or table full."""
 DUPLICATE: Final = 1062
+EXISTS: Final = frozenset({1050, 1060, 1061})
+"""The table, column or key that is to be made is there."""
 MAX_TRIES: Final = 6
 _SESSION: Final = (
     "SET SESSION time_zone = '+00:00', SESSION innodb_lock_wait_timeout = 3, SESSION sql_notes = 0, "
@@ -163,18 +166,9 @@ class Database:
         self.reachable = reachable
 
     def _mapped(self, error: MySQLError) -> CulmError | DuplicateKeyError:
-        number = _errno(error)
-        if number == DUPLICATE:
-            return DuplicateKeyError()
-        if number in LOST:
+        if _errno(error) in LOST:
             self.mark(reachable=False)
-            return Unavailable("database_down", "the partition's database does not answer")
-        if number in FULL:
-            full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
-            full.http_status = 507
-            return full
-        log.error("database error %s", number, exc_info=error)
-        return Bug(f"database error {number}")
+        return _mapped(error)
 
 
 class _Pool:
@@ -208,6 +202,9 @@ class _Pool:
             keep = True
         except TimeoutError:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
+        except (OSError, EOFError):
+            self.database.mark(reachable=False)
+            raise _broken() from None
         except (CulmError, ChangedUnderfootError, MySQLError) as error:
             keep = await self._rolled_back(connection, error)
             raise
@@ -272,6 +269,39 @@ async def connect(
     except (MySQLError, OSError, TimeoutError) as error:
         told = str(error) or type(error).__name__
         raise Unavailable("database_down", f"the partition's database is not reachable: {told}") from None
+
+
+@contextlib.contextmanager
+def translated(*, done: frozenset[int] = frozenset()) -> Iterator[None]:
+    """Driver errors inside become ours, for connections outside of the pools; those in `done` are none.
+
+    Raises Unavailable, Bug, DuplicateKeyError.
+    """
+    try:
+        yield
+    except MySQLError as error:
+        if _errno(error) not in done:
+            raise _mapped(error) from error
+    except (OSError, EOFError):
+        raise _broken() from None
+
+
+def _mapped(error: MySQLError) -> CulmError | DuplicateKeyError:
+    number = _errno(error)
+    if number == DUPLICATE:
+        return DuplicateKeyError()
+    if number in LOST:
+        return Unavailable("database_down", "the partition's database does not answer")
+    if number in FULL:
+        full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
+        full.http_status = 507
+        return full
+    log.error("database error %s", number, exc_info=error)
+    return Bug(f"database error {number}")
+
+
+def _broken() -> Unavailable:
+    return Unavailable("database_down", "the connection to the partition's database broke")
 
 
 def _password(settings: DatabaseSettings) -> str:

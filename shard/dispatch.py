@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +17,11 @@ from functools import partial
 from prometheus_client import Counter as Metric
 from prometheus_client import Gauge
 
-from culm.errors import CulmError, Moved, Unavailable
+from culm.errors import ClientFault, CulmError, Moved, Unavailable
 from culm.matching import Offer
 from culm.settings import ShardSettings
 from culm.wire import GetJobAnswer, ShardGetJob
-from shard.claim import Claimed, Seat, claim, groups_of
+from shard.claim import Claimed, Seat, claim, groups_of, identity
 from shard.classes import ClassRegistry
 from shard.database import Database, DuplicateKeyError
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
@@ -32,6 +32,10 @@ from shard.refill import Refill
 
 CONTENDED_PAUSE_S = 0.003
 """A rival holds the only candidates: he commits or gives up in about this time."""
+PATIENCE_S = 2.0
+"""So long past its deadline a request looks again for a reason, before it is answered all the same."""
+MAX_COLLISIONS = 5
+"""Claims of one request that may hit a unique key."""
 
 _DISPATCHED = Metric("culm_jobs_dispatched_total", "Jobs given to pilots")
 _BATCHES = Metric("culm_claim_batches_total", "Claim transactions")
@@ -44,6 +48,14 @@ Release = Callable[[str, str], Awaitable[int]]
 """(subject, request id): give back what was granted and never seen."""
 
 
+@dataclass(frozen=True)
+class _Wake:
+    """Why a parked request was woken: so many jobs of a class became ready; None is a number not known."""
+
+    key: ClassKey
+    n_jobs: int | None
+
+
 @dataclass(eq=False)
 class _Request:
     call: ShardGetJob
@@ -53,8 +65,11 @@ class _Request:
     """Loop time until which it may wait."""
     n_clients: int = 0
     """Who waits for the answer; a repeat of a request under way joins it."""
-    announced: int = 0
-    """The slots' number of announcements when the batch was made: a later one means "look again"."""
+    looked_at: dict[ClassKey, int] = field(default_factory=dict)
+    """The classes that fitted at the last look, each with its number of announcements."""
+    woken: _Wake | None = None
+    """What it was woken for; what it does not take of that is passed on to the next that waits."""
+    n_collisions: int = 0
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
     @property
@@ -71,7 +86,7 @@ class _Request:
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.call.subject, self.call.request_id
+        return identity(self.call)
 
 
 @dataclass(frozen=True)
@@ -97,9 +112,9 @@ class Dispatcher:
         self._numbers = itertools.count()
         self._requests: dict[tuple[str, str], _Request] = {}
         self._parking: Parking[_Request] = Parking()
-        self._announced: dict[int, int] = defaultdict(int)
         self._workers: list[asyncio.Task[None]] = []
         self._side_tasks: set[asyncio.Task[None]] = set()
+        self._returning: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._stopping = False
 
     def start(self) -> None:
@@ -113,25 +128,33 @@ class Dispatcher:
         self._stopping = True
         for request in self._parking.everyone():
             self._answer(request, GetJobAnswer())
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, *self._side_tasks, return_exceptions=True)
+        self._arrived.set()
+        if self._workers:
+            _, late = await asyncio.wait(self._workers, timeout=self._settings.stop_s)
+            for worker in late:
+                worker.cancel()
         for request in list(self._pending):
             self._fail(request, Unavailable("stopping", "the shard is stopping"))
+        await asyncio.gather(*self._workers, *self._side_tasks, return_exceptions=True)
 
     async def get_job(self, call: ShardGetJob) -> GetJobAnswer:
         """Give jobs, at once or within `wait_s`; none is an answer.
 
         Raises:
             Moved: a slot is not open here.
-            Unavailable: overloaded, stopping, or as Database.run.
+            ClientFault: request_id_reused, it was another computing queue's.
+            Unavailable: overloaded, stopping, contended, or as Database.run.
 
         Safe to retry: yes, by the request id. When the caller is cancelled its jobs go back.
         """
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
         await self._parts.ownership.require(call.slots)
-        request = self._requests.get((call.subject, call.request_id))
+        key = identity(call)
+        if key in self._returning:
+            # Its first try is being given back: to find the leases of that one now would be to lose them at once.
+            await asyncio.wait([self._returning[key]])
+        request = self._requests.get(key)
         if request is None:
             if len(self._pending) >= self._settings.dispatch.max_pending:
                 raise Unavailable("overloaded", "too many get_job requests are waiting")
@@ -139,6 +162,8 @@ class Dispatcher:
             request = _Request(call, next(self._numbers), loop.create_future(), loop.time() + call.wait_s)
             self._requests[request.key] = request
             self._enqueue(request)
+        elif request.offer.queue != call.offer.queue:
+            raise ClientFault("request_id_reused", "this request id is in use for another computing queue")
         request.n_clients += 1
         try:
             return await asyncio.shield(request.answer)
@@ -155,25 +180,37 @@ class Dispatcher:
         parts = self._parts
         counts = Counter(hint.key for hint in hints)
         parts.classes.announce(counts)
-        for key in counts:
-            self._announced[key.slot] += 1
         try:
             await parts.queue.push(hints)
         except QueueLostError:
             parts.refill.mark(counts)
             parts.refill.lost()
-        for key, n_jobs in counts.items():
-            for request in self._parking.wake(key.slot, n_jobs, partial(parts.classes.fits, key)):
-                self._enqueue(request)
+        finally:
+            # Also when the caller is cancelled here: the jobs are ready all the same.
+            for key, n_jobs in counts.items():
+                self._wake(_Wake(key, n_jobs))
+
+    def look_again(self) -> None:
+        """Nobody may wait whom an active class fits: he looked in vain, so an announcement was lost since."""
+        for slot, offer in self._parking.offers():
+            for key in self._parts.classes.fitting([slot], offer)[:1]:
+                self._wake(_Wake(key, None))
+
+    async def withdraw(self, hints: Sequence[Hint]) -> None:
+        """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
+        if hints:
+            await self._remove_quietly(hints)
 
     def hand_back(self, subject: str, request_id: str) -> None:
         """The client of this request is gone: release what it got, in the background."""
-        self._aside(self._release_quietly(subject, request_id))
+        key = subject.rstrip(" "), request_id.rstrip(" ")
+        task = self._returning[key] = self._aside(self._release_quietly(subject, request_id))
+        task.add_done_callback(lambda done: self._returned(key, done))
 
     # --- one batch
 
     async def _work(self) -> None:
-        # Not until it is cancelled: redis-py can swallow that (see service.Loops).
+        # Not until it is cancelled: redis-py can swallow that (see service.Loops), and what was begun is ended.
         while not self._stopping:
             await self._arrived.wait()
             batch = self._next_batch()
@@ -198,21 +235,22 @@ class Dispatcher:
     async def _serve(self, batch: list[_Request]) -> None:
         """Claim for a batch. A failure is answered to each of it; it never ends the worker."""
         parts = self._parts
-        for request in batch:
-            request.announced = self._announcements(request)
-        seats = [Seat(r.call, parts.classes.fitting(r.slots, r.offer)) for r in batch]
-        announced = {key: parts.classes.announced(key) for seat in seats for key in seat.keys}
-        hints = await self._take_hints(seats)
+        hints: list[list[Hint]] = []
         try:
+            seats = [Seat(r.call, parts.classes.fitting(r.slots, r.offer)) for r in batch]
+            announced = {key: parts.classes.announced(key) for seat in seats for key in seat.keys}
+            for request, seat in zip(batch, seats, strict=True):
+                request.looked_at = {key: announced[key] for key in seat.keys}
+            hints = await self._take_hints(seats)
             claimed = await parts.database.run("claim", lambda tx: claim(tx, seats, hints, self._settings.timeouts))
+            self._settle(batch, claimed, announced)
         except Moved as moved:
-            self._put_back([hint for some in hints for hint in some])
+            await self._push_quietly([hint for some in hints for hint in some])
             self._refuse_moved(batch, moved)
         except DuplicateKeyError:
             # The same request id in two claims at once, by way of two routers: the next look finds the first's leases.
-            self._put_back([hint for some in hints for hint in some])
-            for request in batch:
-                self._enqueue(request)
+            await self._push_quietly([hint for some in hints for hint in some])
+            self._collided(batch)
         except CulmError as error:
             self._put_back([hint for some in hints for hint in some])
             for request in batch:
@@ -226,8 +264,6 @@ class Dispatcher:
             self._put_back([hint for some in hints for hint in some])
             for request in batch:
                 self._fail(request, Unavailable("claim_failed", f"the claim failed: {type(error).__name__}"))
-        else:
-            self._settle(batch, claimed, announced)
 
     async def _take_hints(self, seats: list[Seat]) -> list[list[Hint]]:
         """Candidates from Redis per group of the batch; none for groups whose classes are not whole there."""
@@ -260,33 +296,73 @@ class Dispatcher:
         if claimed.from_database:
             self._aside(self._remove_quietly(claimed.from_database))
         for request, seat in zip(batch, claimed.seats, strict=True):
-            if seat.grants:
-                _DISPATCHED.inc(0 if seat.repeated else len(seat.grants))
+            if seat.refusal is not None:
+                self._fail(request, seat.refusal)
+            elif seat.grants:
+                _DISPATCHED.inc(len(seat.taken))
+                full = seat.repeated or claimed.contended or len(seat.grants) == request.n_jobs
+                request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))
             elif claimed.contended and seat.keys:
-                asyncio.get_running_loop().call_later(CONTENDED_PAUSE_S, self._enqueue, request)
+                self._again_soon(request)
             else:
+                request.woken = None
                 self._park(request)
 
-    def _park(self, request: _Request) -> None:
+    def _again_soon(self, request: _Request) -> None:
         loop = asyncio.get_running_loop()
+        if loop.time() > request.deadline + PATIENCE_S:
+            self._fail(request, Unavailable("contended", "others hold the jobs that fit", retry_after_s=0.5))
+        else:
+            loop.call_later(CONTENDED_PAUSE_S, self._enqueue, request)
+
+    def _collided(self, batch: list[_Request]) -> None:
+        for request in batch:
+            request.n_collisions += 1
+            if request.n_collisions < MAX_COLLISIONS:
+                self._enqueue(request)
+            else:
+                log.error("request %s of %s collides in every claim", request.call.request_id, request.call.subject)
+                self._fail(request, Unavailable("contended", "the claim met another one every time"))
+
+    def _park(self, request: _Request) -> None:
+        now = asyncio.get_running_loop().time()
         if request.answer.done():
             return
-        if request.announced != self._announcements(request):
+        if self._announced_since(request) and now < request.deadline + PATIENCE_S:
             # A job was announced after the look that found none: an empty answer might not be true any more.
             self._enqueue(request)
-        elif request.deadline <= loop.time() or len(self._parking) >= self._settings.dispatch.max_parked:
+        elif request.deadline <= now or len(self._parking) >= self._settings.dispatch.max_parked:
             self._answer(request, GetJobAnswer())
         else:
             if request.timer is None:
-                request.timer = loop.call_at(request.deadline, self._wait_is_over, request)
+                request.timer = asyncio.get_running_loop().call_at(request.deadline, self._wait_is_over, request)
             self._parking.park(request)
             _PARKED.set(len(self._parking))
+
+    def _announced_since(self, request: _Request) -> bool:
+        classes = self._parts.classes
+        fitting = classes.fitting(request.slots, request.offer)
+        return any(classes.announced(key) != request.looked_at.get(key) for key in fitting)
+
+    def _wake(self, wake: _Wake) -> None:
+        """Wake as many parked requests as want these jobs; one where their number is not known."""
+        n_left = 1 if wake.n_jobs is None else wake.n_jobs
+        for request in self._parking.wake(wake.key.slot, n_left, partial(self._parts.classes.fits, wake.key)):
+            share = None if wake.n_jobs is None else min(n_left, request.n_jobs)
+            n_left -= request.n_jobs
+            request.woken = _Wake(wake.key, share)
+            self._enqueue(request)
+        _PARKED.set(len(self._parking))
 
     def _wait_is_over(self, request: _Request) -> None:
         if self._parking.leave(request):
             _PARKED.set(len(self._parking))
-            self._answer(request, GetJobAnswer())
+            if self._parts.classes.fitting(request.slots, request.offer):
+                # There may be a job whose announcement was lost: no empty answer without a look.
+                self._enqueue(request)
+            else:
+                self._answer(request, GetJobAnswer())
 
     # --- the ends of a request
 
@@ -296,6 +372,9 @@ class Dispatcher:
             request.answer.set_result(answer)
         if answer.jobs and request.n_clients == 0:
             self.hand_back(*request.key)
+        if request.woken is not None:
+            wake, request.woken = request.woken, None
+            self._wake(wake)
 
     def _fail(self, request: _Request, error: CulmError) -> None:
         self._forget(request)
@@ -327,11 +406,11 @@ class Dispatcher:
             del self._requests[request.key]
 
     def _enqueue(self, request: _Request) -> None:
+        if self._stopping:
+            self._fail(request, Unavailable("stopping", "the shard is stopping"))
+            return
         self._pending.append(request)
         self._arrived.set()
-
-    def _announcements(self, request: _Request) -> int:
-        return sum(self._announced[slot] for slot in request.slots)
 
     # --- beside the path
 
@@ -339,10 +418,15 @@ class Dispatcher:
         if hints:
             self._aside(self._push_quietly(hints))
 
-    def _aside(self, work: Coroutine[None, None, None]) -> None:
+    def _returned(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        if self._returning.get(key) is task:
+            del self._returning[key]
+
+    def _aside(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
+        return task
 
     async def _push_quietly(self, hints: Sequence[Hint]) -> None:
         try:
@@ -360,3 +444,11 @@ class Dispatcher:
         except CulmError as error:
             # The short first lease will do it.
             log.warning("could not give back request %s: %s", request_id, error)
+
+
+def _left_over(wake: _Wake | None, taken: Sequence[ClassKey]) -> _Wake | None:
+    """What is to be passed on of a wake-up after its request took these."""
+    if wake is None or wake.n_jobs is None:
+        return wake
+    n_left = wake.n_jobs - taken.count(wake.key)
+    return _Wake(wake.key, n_left) if n_left > 0 else None

@@ -22,6 +22,7 @@ from culm.clock import Clock, SystemClock
 from culm.settings import DispatchSettings
 from shard.hints import ClassKey, Hint
 
+_ID_DIGITS: Final = 16
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
 _FAILURES: Final = Counter("culm_redis_failures_total", "Calls of the dispatch queue that failed")
@@ -70,7 +71,7 @@ class DispatchQueue:
         return self._clock.monotonic() >= self._closed_until
 
     async def begin(self) -> bool:
-        """Adopt the stored generation, or make one; True if it is another one than before: all classes need a refill.
+        """Go on with the generation that we know, or begin an empty one; True then: all classes need a refill.
 
         Raises QueueLostError. Safe to retry: yes.
         """
@@ -123,7 +124,7 @@ class DispatchQueue:
             async for name in self._redis.scan_iter(match=f"{self._prefix}ready:*", count=1000):
                 key = _key(name.removeprefix(f"{self._prefix}ready:".encode()))
                 pairs: list[Any] = await self._redis.zrange(name, 0, -1, withscores=True) if key else []
-                found += [Hint(int(score), int(member), key) for member, score in pairs if key and member.isdigit()]
+                found += [Hint(int(score), int(member), key) for member, score in pairs if key and _is_member(member)]
         except (RedisError, OSError) as error:
             raise QueueLostError("everything") from error
         return found
@@ -166,7 +167,11 @@ def _class(key: ClassKey) -> str:
 
 
 def _member(identifier: int) -> str:
-    return f"{identifier:016d}"
+    return f"{identifier:0{_ID_DIGITS}d}"
+
+
+def _is_member(text: bytes) -> bool:
+    return len(text) == _ID_DIGITS and text.isdigit()
 
 
 def _key(text: bytes) -> ClassKey | None:
@@ -179,6 +184,6 @@ def _hints(flat: Sequence[bytes]) -> list[Hint]:
     found = []
     for class_text, ranking, member in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
         key = _key(class_text)
-        if key and member.isdigit():
+        if key and _is_member(member):
             found.append(Hint(int(ranking), int(member), key))
     return found

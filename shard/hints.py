@@ -1,5 +1,7 @@
 """The words of dispatch inside a shard: a class of a slot, and a hint that a job of it is ready."""
 
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -17,3 +19,16 @@ class Hint(NamedTuple):
     """Minus the priority."""
     id: int
     key: ClassKey
+
+
+Tell = Callable[[Sequence[Hint]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Notices:
+    """How a use case tells dispatch what it has committed."""
+
+    announce: Tell
+    """These jobs became ready."""
+    withdraw: Tell
+    """These ceased to be ready, by another way than a claim."""

@@ -12,7 +12,8 @@ from typing import Final
 
 import msgspec
 
-from culm.errors import ClientFault, Conflict
+from culm.errors import ClientFault, Conflict, Unavailable
+from culm.ids import slot_of
 from culm.matching import Requirements
 from culm.priorities import default_priority
 from culm.states import Event, State, next_state
@@ -39,6 +40,10 @@ class _NewJob:
     state: State
     priority: int
     depth: int
+
+    @property
+    def key(self) -> ClassKey:
+        return ClassKey(slot_of(self.id), self.class_id)
 
     @property
     def ready(self) -> bool:
@@ -68,45 +73,54 @@ class Intake:
             Moved: a slot is not open here.
             Conflict: key_reused, the key was used for other jobs.
             ClientFault: unknown_parent, too_deep.
-            Unavailable: as Database.run.
+            Unavailable: key_in_use, or as Database.run.
 
         Safe to retry: yes, by the key.
         """
         await self._ownership.require([part.at for part in call.parts])
-        known = await self._database.run("read", lambda tx: self._find(tx, call))
-        if known is not None:
-            return known
-        first_ids = [await self._ids.take(part.at.slot, len(part.specs)) for part in call.parts]
-        try:
-            hints = await self._database.run("write", lambda tx: self._insert(tx, call, first_ids))
-        except DuplicateKeyError:
-            known = await self._database.run("read", lambda tx: self._find(tx, call))
-            if known is None:
-                raise Conflict("key_reused", "another call with this key is under way; repeat this one") from None
-            return known
-        await self._announce(hints)
-        return ShardSubmitAnswer(first_ids=first_ids)
+        found = await self._database.run("read", lambda tx: self._find(tx, call))
+        if len(found) < len(call.parts):
+            found |= await self._store(call, [part for part in call.parts if part.at.slot not in found])
+        return ShardSubmitAnswer(first_ids=[found[part.at.slot] for part in call.parts])
 
-    async def _find(self, tx: Transaction, call: ShardSubmit) -> ShardSubmitAnswer | None:
+    async def _store(self, call: ShardSubmit, parts: Sequence[SlotJobs]) -> dict[int, int]:
+        """Make the jobs of these parts of a call; the first id by slot."""
+        numbered = [(part, await self._ids.take(part.at.slot, len(part.specs))) for part in parts]
+        try:
+            jobs = await self._database.run("write", lambda tx: self._insert(tx, call, numbered))
+        except DuplicateKeyError:
+            found = await self._database.run("read", lambda tx: self._find(tx, call))
+            if any(part.at.slot not in found for part in parts):
+                raise Unavailable("key_in_use", "another call with this key is under way; repeat this one") from None
+            return found
+        # Only now: of a transaction that was rolled back and run again nothing may be known.
+        for job in jobs:
+            if not self._classes.knows(job.key):
+                self._classes.learn(*job.key, _ENCODER.encode(job.needs))
+        await self._announce([Hint(-job.priority, job.id, job.key) for job in jobs if job.ready])
+        return {part.at.slot: first_id for part, first_id in numbered}
+
+    async def _find(self, tx: Transaction, call: ShardSubmit) -> dict[int, int]:
+        """The first id by slot of the parts that are stored.
+
+        The parts of one call are stored together, but slots move: a repeat may bring one that another shard missed.
+        """
         slots = tuple(part.at.slot for part in call.parts)
         rows = await tx.fetch("find_submissions", call.principal.subject, call.key, slots)
-        if not rows:
-            return None
-        found = {slot: (digest, first_id) for slot, digest, first_id, _ in rows}
-        for part in call.parts:
-            # All parts of a shard were stored together, or none was.
-            if part.at.slot not in found or found[part.at.slot][0] != _digest(call, part):
-                raise Conflict("key_reused", "this idempotency key was used for other jobs")
-        return ShardSubmitAnswer(first_ids=[found[part.at.slot][1] for part in call.parts])
+        digests = {row[0]: row[1] for row in rows}
+        if any(digests.get(part.at.slot, b"") not in (b"", _digest(call, part)) for part in call.parts):
+            raise Conflict("key_reused", "this idempotency key was used for other jobs")
+        return {row[0]: row[2] for row in rows}
 
-    async def _insert(self, tx: Transaction, call: ShardSubmit, first_ids: list[int]) -> list[Hint]:
-        await lock_slots(tx, [part.at for part in call.parts])
+    async def _insert(
+        self, tx: Transaction, call: ShardSubmit, numbered: Sequence[tuple[SlotJobs, int]]
+    ) -> list[_NewJob]:
+        await lock_slots(tx, [part.at for part, _ in numbered])
         owner = call.principal.subject
         depths = _child_depths(call)
         serial = int((await tx.fetch("owner_active_jobs", owner))[0][0])
-        submissions, hints = [], []
-        tally: Counter[tuple[int, State]] = Counter()
-        for part, first_id in zip(call.parts, first_ids, strict=True):
+        submissions, made = [], list[_NewJob]()
+        for part, first_id in numbered:
             slot = part.at.slot
             jobs = [
                 _new_job(call.principal, part, index, (first_id + index, serial + index, depths))
@@ -116,19 +130,16 @@ class Intake:
             await self._insert_classes(tx, slot, jobs)
             await _insert_jobs(tx, call, slot, jobs)
             submissions.append((slot, owner, call.key, _digest(call, part), first_id, len(jobs)))
-            tally.update((slot, job.state) for job in jobs)
-            hints += [Hint(-job.priority, job.id, ClassKey(slot, job.class_id)) for job in jobs if job.ready]
+            made += jobs
         await tx.execute_rows("insert_submissions", sorted(submissions, key=lambda row: row[0]))
-        await add_to_tallies(tx, tally, Counter({owner: sum(tally.values())}))
-        return hints
+        await add_to_tallies(tx, Counter((job.key.slot, job.state) for job in made), Counter({owner: len(made)}))
+        return made
 
     async def _insert_classes(self, tx: Transaction, slot: int, jobs: Sequence[_NewJob]) -> None:
-        fresh = {job.class_id: job.needs for job in jobs if not self._classes.knows(ClassKey(slot, job.class_id))}
-        bodies = {class_id: _ENCODER.encode(needs) for class_id, needs in fresh.items()}
-        await tx.execute_rows("insert_classes", [(slot, class_id, body) for class_id, body in sorted(bodies.items())])
-        # Known before the commit does no harm: without an announcement the class is not active.
-        for class_id, body in bodies.items():
-            self._classes.learn(slot, class_id, body)
+        fresh = {job.class_id: job.needs for job in jobs if not self._classes.knows(job.key)}
+        await tx.execute_rows(
+            "insert_classes", [(slot, class_id, _ENCODER.encode(needs)) for class_id, needs in sorted(fresh.items())]
+        )
 
 
 def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int, int, dict[int, int]]) -> _NewJob:

@@ -4,7 +4,7 @@ Every write by a pilot names attempt and lease token; what does not match the le
 (invariants I4, I5). A repeated final report is answered from `report`, as the first was.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -29,7 +29,7 @@ from culm.wire import (
     SlotRef,
 )
 from shard.database import Database, Transaction
-from shard.hints import Hint
+from shard.hints import Hint, Notices
 from shard.ownership import Ownership
 from shard.transitions import Change, Job, Lease, Locked, apply, lock_jobs, lock_slots
 
@@ -52,17 +52,15 @@ _IDS_PER_TRANSACTION: Final = 200
 _CANCELLED: Final[CancelOutcome] = "cancelled"
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
-Announce = Callable[[Sequence[Hint]], Awaitable[None]]
-
 
 class Lifecycle:
     """The use cases of a job's life after its submit."""
 
-    def __init__(self, database: Database, ownership: Ownership, timeouts: Timeouts, announce: Announce) -> None:
+    def __init__(self, database: Database, ownership: Ownership, timeouts: Timeouts, notices: Notices) -> None:
         self._database = database
         self._ownership = ownership
         self._timeouts = timeouts
-        self._announce = announce
+        self._notices = notices
 
     async def heartbeat(self, call: ShardHeartbeat) -> HeartbeatAnswer:
         """Extend the lease; move the state on if the pilot is further.
@@ -92,7 +90,7 @@ class Lifecycle:
         _check_report(call)
         await self._ownership.require([call.at])
         answer, hints = await self._database.run("write", lambda tx: self._report(tx, call))
-        await self._announce(hints)
+        await self._notices.announce(hints)
         return answer
 
     async def cancel(self, call: ShardCancel) -> CancelAnswer:
@@ -104,9 +102,11 @@ class Lifecycle:
         if call.jobset is None:
             ended = await self._cancel_ids(call.principal, call.ids)
             return CancelAnswer(jobs=ended)
+        # What a moved slot left behind here is not ours to end.
+        slots = tuple(ref.slot for ref in call.slots) or tuple(self._ownership.open)
         ended, after = [], 0
         while True:
-            ids = await self._ids_of_jobset(call.jobset, after)
+            ids = await self._ids_of_jobset(call.jobset, slots, after)
             if not ids:
                 return CancelAnswer(jobs=ended)
             ended += await self._cancel_ids(call.principal, ids)
@@ -118,7 +118,7 @@ class Lifecycle:
         Raises Moved, Unavailable. Safe to retry: yes.
         """
         hints = await self._database.run("write", lambda tx: self._release(tx, subject, request_id))
-        await self._announce(hints)
+        await self._notices.announce(hints)
         return len(hints)
 
     def lease_s(self, state: State, lease: Lease) -> float:
@@ -202,28 +202,28 @@ class Lifecycle:
         ended: list[CancelledJob] = []
         for start in range(0, len(ids), _IDS_PER_TRANSACTION):
             some = list(dict.fromkeys(ids[start : start + _IDS_PER_TRANSACTION]))
-            ended += await self._database.run("write", partial(self._cancel, principal=principal, ids=some))
+            outcomes, gone = await self._database.run("write", partial(self._cancel, principal=principal, ids=some))
+            await self._notices.withdraw(gone)
+            ended += outcomes
         return ended
 
-    async def _cancel(self, tx: Transaction, principal: Principal, ids: Sequence[int]) -> list[CancelledJob]:
+    async def _cancel(
+        self, tx: Transaction, principal: Principal, ids: Sequence[int]
+    ) -> tuple[list[CancelledJob], list[Hint]]:
+        """The outcome of each, and the hints of those that were ready."""
         await lock_slots(tx, self._slots_of(ids))
         locked = await lock_jobs(tx, ids)
         outcomes = {identifier: _cancel_outcome(principal, locked.jobs.get(identifier)) for identifier in ids}
         requested = tuple(i for i, outcome in outcomes.items() if outcome == "requested")
         if requested:
             await tx.execute("request_cancel", requested)
-        await apply(
-            tx,
-            [
-                Change(job=locked.jobs[i], event=Event.CANCEL, actor=principal.subject)
-                for i, outcome in outcomes.items()
-                if outcome == _CANCELLED
-            ],
-        )
-        return [
+        ended = [locked.jobs[i] for i, outcome in outcomes.items() if outcome == _CANCELLED]
+        await apply(tx, [Change(job=job, event=Event.CANCEL, actor=principal.subject) for job in ended])
+        told = [
             CancelledJob(id=i, outcome=outcome, state=_state_after(outcome, locked.jobs.get(i)))
             for i, outcome in outcomes.items()
         ]
+        return told, [job.hint for job in ended if job.state is State.ACTIVATED]
 
     async def _release(self, tx: Transaction, subject: str, request_id: str) -> list[Hint]:
         ids = [row[0] for row in await tx.fetch("leases_of_request", request_id, subject)]
@@ -231,6 +231,8 @@ class Lifecycle:
             return []
         await lock_slots(tx, self._slots_of(ids))
         locked = await lock_jobs(tx, ids)
+        # Again, now locked: a job may have ended, and be another request's since.
+        still = {row[0] for row in await tx.fetch("leases_of_request", request_id, subject)}
         changes = [
             Change(
                 job=job,
@@ -239,13 +241,13 @@ class Lifecycle:
                 detail=f"the client of request {request_id} was gone",
             )
             for job in locked.jobs.values()
-            if job.state is State.SENT
+            if job.state is State.SENT and job.id in still
         ]
         return await apply(tx, changes)
 
-    async def _ids_of_jobset(self, jobset: int, after: int) -> list[int]:
+    async def _ids_of_jobset(self, jobset: int, slots: tuple[int, ...], after: int) -> list[int]:
         rows = await self._database.run(
-            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, _IDS_PER_TRANSACTION)
+            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, slots, _IDS_PER_TRANSACTION)
         )
         return [row[0] for row in rows]
 

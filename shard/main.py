@@ -15,7 +15,7 @@ from shard.classes import ClassRegistry
 from shard.database import Database
 from shard.dispatch import Dispatcher, DispatchParts
 from shard.dispatch_queue import DispatchQueue
-from shard.hints import Hint
+from shard.hints import Hint, Notices
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
 from shard.migrate import migrate
@@ -47,11 +47,12 @@ class Shard:
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
         self.ownership = Ownership(settings.name, self.database, self.classes, self._fresh_topology)
         self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch)
-        self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, self._announce)
+        notices = Notices(self._announce, self._withdraw)
+        self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
         self.intake = Intake(self.database, self.classes, self.ownership, self._announce)
-        self.reaper = Reaper(self.database, self.ownership, settings.timeouts, self._announce)
+        self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
         cases = UseCases(
             settings.name, self.database, lambda: self.topology.current, self.intake, self.dispatcher, self.lifecycle
         )
@@ -100,12 +101,19 @@ class Shard:
         dispatch = self.settings.dispatch
         self._loops.every(self.settings.topology_poll_s, "ownership", self.ownership.adopt)
         self._loops.every(0.01, "refill", self.refill.turn)
-        self._loops.every(dispatch.sweep_interval_s, "sweep", self.refill.sweep)
+        self._loops.every(dispatch.sweep_interval_s, "sweep", self._sweep)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
 
     async def _announce(self, hints: Sequence[Hint]) -> None:
         await self.dispatcher.announce(hints)
+
+    async def _withdraw(self, hints: Sequence[Hint]) -> None:
+        await self.dispatcher.withdraw(hints)
+
+    async def _sweep(self) -> None:
+        await self.refill.sweep()
+        self.dispatcher.look_again()
 
     def _fresh_topology(self) -> Topology:
         self.topology.refresh_if_changed()

@@ -1,6 +1,7 @@
 """The schema of a partition: numbered files, applied once each, in order, under a lock.
 
-`schema_version` keeps number and checksum; a file that was changed after it was applied is refused.
+`schema_version` keeps number and checksum; a file that was changed after it was applied is refused. One that was cut
+off in the middle is run again from its start: what it had made is passed over, so every statement must bear that.
 """
 
 import hashlib
@@ -8,11 +9,11 @@ import logging
 import re
 from collections.abc import Iterable
 from importlib import resources
-from typing import Final
+from typing import Any, Final
 
 from culm.errors import Bug, Unavailable
 from culm.settings import DatabaseSettings
-from shard.database import connect
+from shard.database import EXISTS, connect, translated
 from shard.statements import STATEMENTS
 
 LOCK_TIMEOUT_S: Final = 30
@@ -32,27 +33,33 @@ async def migrate(settings: DatabaseSettings) -> int:
         raise Bug(f"{settings.name!r} cannot be the name of a database")
     connection = await connect(settings, autocommit=True, database="")
     try:
-        async with connection.cursor() as cursor:
-            await cursor.execute(STATEMENTS["create_database"].head.replace(":name", settings.name))
-            await cursor.execute(f"USE `{settings.name}`")
-            await cursor.execute(STATEMENTS["migration_lock"].head, (f"culm.migrate.{settings.name}", LOCK_TIMEOUT_S))
-            if (await cursor.fetchone())[0] != 1:
-                raise Unavailable("migration_busy", "another process migrates this database")
-            await cursor.execute(STATEMENTS["make_schema_version"].head)
-            await cursor.execute(STATEMENTS["read_schema_version"].head)
-            applied = dict(await cursor.fetchall())
-            for version, text in _migrations():
-                checksum = hashlib.sha256(text.encode()).hexdigest()
-                if version not in applied:
-                    for statement in _statements(text):
-                        await cursor.execute(statement)
-                    await cursor.execute(STATEMENTS["insert_schema_version"].head, (version, checksum))
-                    log.info("schema version %d applied to %s", version, settings.name)
-                elif applied[version] != checksum:
-                    raise Bug(f"migration {version} is not the one that was applied to {settings.name}")
-            return max((version for version, _ in _migrations()), default=0)
+        with translated():
+            async with connection.cursor() as cursor:
+                return await _migrate(cursor, settings.name)
     finally:
         connection.close()
+
+
+async def _migrate(cursor: Any, name: str) -> int:
+    await cursor.execute(STATEMENTS["create_database"].head.replace(":name", name))
+    await cursor.execute(f"USE `{name}`")
+    await cursor.execute(STATEMENTS["migration_lock"].head, (f"culm.migrate.{name}", LOCK_TIMEOUT_S))
+    if (await cursor.fetchone())[0] != 1:
+        raise Unavailable("migration_busy", "another process migrates this database")
+    await cursor.execute(STATEMENTS["make_schema_version"].head)
+    await cursor.execute(STATEMENTS["read_schema_version"].head)
+    applied = dict(await cursor.fetchall())
+    for version, text in _migrations():
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        if version not in applied:
+            for statement in _statements(text):
+                with translated(done=EXISTS):
+                    await cursor.execute(statement)
+            await cursor.execute(STATEMENTS["insert_schema_version"].head, (version, checksum))
+            log.info("schema version %d applied to %s", version, name)
+        elif applied[version] != checksum:
+            raise Bug(f"migration {version} is not the one that was applied to {name}")
+    return max((version for version, _ in _migrations()), default=0)
 
 
 def _migrations() -> list[tuple[int, str]]:

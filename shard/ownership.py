@@ -12,7 +12,7 @@ from culm.errors import Moved
 from culm.topology import Topology
 from culm.wire import SlotRef
 from shard.classes import ClassRegistry
-from shard.database import Database, Transaction
+from shard.database import Database, Row, Transaction
 
 log = logging.getLogger("shard.ownership")
 
@@ -36,7 +36,14 @@ class Ownership:
         async with self._adopting:
             placed = {ref.slot: ref for ref in self._topology().slots_on(self.shard)}
             fresh = [ref for slot, ref in placed.items() if slot not in self._known]
-            await self._database.run("write", lambda tx: self._open(tx, fresh))
+            rows, classes = await self._database.run("write", lambda tx: self._open(tx, fresh))
+            # Only now: of a commit that failed nothing may be believed.
+            for slot, class_id, body in classes:
+                self._classes.learn(slot, class_id, body)
+            self.open = {slot: epoch for slot, state, epoch in rows if state == "open"}
+            self._known.update(row[0] for row in rows)
+            if fresh:
+                log.info("opened slots %s", [ref.slot for ref in fresh])
 
     async def require(self, slots: list[SlotRef]) -> None:
         """Refuse early what is not open here, after a look at the topology for a slot never heard of. Raises Moved."""
@@ -46,15 +53,11 @@ class Ownership:
             if self.open.get(ref.slot) != ref.epoch:
                 raise Moved(ref.slot, self.open.get(ref.slot, 0))
 
-    async def _open(self, tx: Transaction, fresh: list[SlotRef]) -> None:
+    async def _open(self, tx: Transaction, fresh: list[SlotRef]) -> tuple[list[Row], list[Row]]:
+        """Open these; all slots there are, and the classes of those never seen."""
         for ref in fresh:
             await tx.execute("open_slot", ref.slot, ref.epoch)
             await tx.execute("begin_sequence", ref.slot)
         rows = await tx.fetch("read_slots")
         new = tuple(row[0] for row in rows if row[0] not in self._known)
-        for slot, class_id, body in await tx.fetch("read_classes", new) if new else []:
-            self._classes.learn(slot, class_id, body)
-        self.open = {slot: epoch for slot, state, epoch in rows if state == "open"}
-        self._known.update(new)
-        if fresh:
-            log.info("opened slots %s", [ref.slot for ref in fresh])
+        return rows, await tx.fetch("read_classes", new) if new else []

@@ -1,7 +1,7 @@
 """Parked long polls: get_job requests that wait for a job to become ready.
 
 Kept by slot and offer, so that a wake-up matches a class against the few distinct offers, not against every pilot;
-inside an offer the one that waits longest is woken first. As many are woken as jobs became ready: no thundering herd.
+inside an offer the one that was parked first is woken first. As many are woken as jobs became ready, no more.
 """
 
 from collections import defaultdict
@@ -78,6 +78,10 @@ class Parking(Generic[W]):
             woken.append(oldest)
             n_jobs -= oldest.n_jobs
         return woken
+
+    def offers(self) -> list[tuple[int, Offer]]:
+        """Each distinct offer that waits, by slot."""
+        return [(slot, offer) for slot, offers in self._waiting.items() for offer in offers]
 
     def everyone(self) -> list[W]:
         """Take out all."""

@@ -52,11 +52,11 @@ async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> 
     """A page of jobs by id; only what the caller may see. Raises ClientFault(forbidden), Unavailable."""
     access.require_role(call.principal, "user", "admin")
     query = call.query
-    vo = "" if call.principal.role == "admin" else call.principal.vo
+    of_vo = (int(call.principal.role != "admin"), call.principal.vo)
     state = query.state or ""
     slots = tuple(call.slots) or (0,)
     filters = (int(bool(call.slots)), slots, state, state, query.owner, query.owner)
-    of_jobset = (int(query.jobset is not None), query.jobset or 0, vo, vo)
+    of_jobset = (int(query.jobset is not None), query.jobset or 0, *of_vo)
     rows = await database.run(
         "read", lambda tx: tx.fetch("list_jobs", query.after, *filters, *of_jobset, query.limit + 1)
     )

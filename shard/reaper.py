@@ -4,7 +4,7 @@ After a restart of the shard or its database it waits one grace period, for hear
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -16,7 +16,7 @@ from culm.settings import Timeouts
 from culm.states import UNREADY, Event, State
 from culm.wire import JobError, SlotRef
 from shard.database import Database, Transaction
-from shard.hints import Hint
+from shard.hints import Hint, Notices
 from shard.ownership import Ownership
 from shard.transitions import Change, Job, apply, lock_jobs, lock_slots
 
@@ -51,13 +51,13 @@ class Reaper:
         database: Database,
         ownership: Ownership,
         timeouts: Timeouts,
-        announce: Callable[[Sequence[Hint]], Awaitable[None]],
+        notices: Notices,
         clock: Clock | None = None,
     ) -> None:
         self._database = database
         self._ownership = ownership
         self._timeouts = timeouts
-        self._announce = announce
+        self._notices = notices
         self._clock: Clock = clock or SystemClock()
         self._started = self._clock.monotonic()
 
@@ -73,10 +73,12 @@ class Reaper:
         ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         n_ended = 0
         while ids and not self.waits:
-            hints, n_changed = await self._database.run("write", partial(self._end_leases, ids=ids))
-            await self._announce(hints)
-            n_ended += n_changed
-            if n_changed < BATCH:
+            hints, changes = await self._database.run("write", partial(self._end_leases, ids=ids))
+            for change in changes:
+                _EXPIRED.labels(change.event).inc()
+            await self._notices.announce(hints)
+            n_ended += len(changes)
+            if len(changes) < BATCH:
                 break
             ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         return n_ended
@@ -86,55 +88,48 @@ class Reaper:
         n_closed = 0
         if self.waits:
             return 0
-        for slot, epoch in list(self._ownership.open.items()):
-            n_closed += await self._close(SlotRef(slot, epoch), await self._old_ready(slot))
+        opened = dict(self._ownership.open)
+        for slot, epoch in opened.items():
+            of_ready = (*id_range(slot), BATCH, self._timeouts.activated_s)
+            n_closed += await self._close(SlotRef(slot, epoch), "old_ready", of_ready)
         rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
-        for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0}:
-            at = SlotRef(slot, self._ownership.open.get(slot, 0))
-            n_closed += await self._close(at, await self._old_unready(slot))
+        states = tuple(sorted(UNREADY))
+        for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0} & opened.keys():
+            of_unready = (slot, states, *id_range(slot), self._timeouts.unready_s, BATCH)
+            n_closed += await self._close(SlotRef(slot, opened[slot]), "old_unready", of_unready)
         return n_closed
 
-    async def _old_ready(self, slot: int) -> list[int]:
-        first, last = id_range(slot)
-        rows = await self._database.run(
-            "read", lambda tx: tx.fetch("old_ready", first, last, BATCH, self._timeouts.activated_s)
-        )
-        return [row[0] for row in rows]
-
-    async def _old_unready(self, slot: int) -> list[int]:
-        states = tuple(sorted(UNREADY))
-        rows = await self._database.run(
-            "read",
-            lambda tx: tx.fetch("old_unready", slot, states, *id_range(slot), self._timeouts.unready_s, BATCH),
-        )
-        return [row[0] for row in rows]
-
-    async def _close(self, at: SlotRef, ids: Sequence[int]) -> int:
-        if not ids:
+    async def _close(self, at: SlotRef, statement: str, arguments: tuple[object, ...]) -> int:
+        """Close what a statement finds old; how many."""
+        rows = await self._database.run("read", lambda tx: tx.fetch(statement, *arguments))
+        if not rows:
             return 0
+        ids = [row[0] for row in rows]
 
-        async def work(tx: Transaction) -> int:
+        async def work(tx: Transaction) -> list[Job]:
             await lock_slots(tx, [at])
             locked = await lock_jobs(tx, ids)
-            old = [job for job in locked.jobs.values() if job.state in UNREADY | {State.ACTIVATED}]
+            # Again, now locked: one may have been taken and given back since, and is not old any more.
+            still = {row[0] for row in await tx.fetch(statement, *arguments)}
+            old = [job for job in locked.jobs.values() if job.id in still]
             await apply(tx, [Change(job=job, event=Event.CLOSE, actor=ACTOR, detail="expired") for job in old])
-            return len(old)
+            return old
 
-        return await self._database.run("write", work)
+        closed = await self._database.run("write", work)
+        await self._notices.withdraw([job.hint for job in closed if job.state is State.ACTIVATED])
+        return len(closed)
 
-    async def _end_leases(self, tx: Transaction, ids: Sequence[int]) -> tuple[list[Hint], int]:
+    async def _end_leases(self, tx: Transaction, ids: Sequence[int]) -> tuple[list[Hint], list[Change]]:
         opened = self._ownership.open
         here = [identifier for identifier in ids if slot_of(identifier) in opened]
         if not here:
-            return [], 0
+            return [], []
         await lock_slots(tx, [SlotRef(slot, opened[slot]) for slot in {slot_of(identifier) for identifier in here}])
         # Again, now locked: a heartbeat may have come since.
         expired = [row[0] for row in await tx.fetch("lock_expired", tuple(here))]
         locked = await lock_jobs(tx, expired)
         changes = [_end(job) for job in locked.jobs.values()]
-        for change in changes:
-            _EXPIRED.labels(change.event).inc()
-        return await apply(tx, changes), len(changes)
+        return await apply(tx, changes), changes
 
 
 def _end(job: Job) -> Change:

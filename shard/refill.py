@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
+from culm.errors import CulmError
 from culm.settings import DispatchSettings
 from shard.classes import ClassRegistry
 from shard.database import Database, Row
@@ -54,12 +55,23 @@ class Refill:
         self.mark(self._classes.active())
         self._wanted.set()
 
-    async def load(self) -> None:
-        """Find the active classes in InnoDB. Raises Unavailable. Safe to retry: yes."""
+    async def load(self) -> list[ClassKey]:
+        """Find the classes with ready jobs in InnoDB, known here or not; all of them. Raises Unavailable.
+
+        Safe to retry: yes.
+        """
         rows = await self._database.run("read", lambda tx: tx.fetch("active_classes"))
-        inactive = {ClassKey(*row) for row in rows} - set(self._classes.active())
-        self._classes.announce(key for key in inactive if self._classes.knows(key))
+        ready = [ClassKey(*row) for row in rows]
+        strangers = tuple({key.slot for key in ready if not self._classes.knows(key)})
+        if strangers:
+            # Of a submit whose outcome was not told, or imported with a slot.
+            for row in await self._database.run("read", lambda tx: tx.fetch("read_classes", strangers)):
+                self._classes.learn(*row)
+        ready = [key for key in ready if self._classes.knows(key)]
+        inactive = set(ready) - set(self._classes.active())
+        self._classes.announce(inactive)
         self.mark(inactive)
+        return ready
 
     async def turn(self) -> None:
         """Wait until a refill is wanted, then mend what is dirty. Raises Unavailable."""
@@ -72,6 +84,10 @@ class Refill:
                 await self._refill(key)
         except QueueLostError as error:
             log.info("refill put off: %s", error)
+            await asyncio.sleep(self._settings.breaker_s)
+        except CulmError:
+            await asyncio.sleep(self._settings.breaker_s)
+            raise
         finally:
             if self._dirty or not self._queue.generation:
                 self._wanted.set()

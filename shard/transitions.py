@@ -84,11 +84,11 @@ class Change:
 
 async def lock_slots(tx: Transaction, slots: Iterable[SlotRef]) -> None:
     """The ownership check (invariant I8): share-locks the slots. Raises Moved where one is not open at that epoch."""
-    wanted = {ref.slot: ref.epoch for ref in slots}
-    opened = {row[0]: row[1] for row in await tx.fetch("lock_open_slots", tuple(wanted))}
-    for slot, epoch in wanted.items():
-        if opened.get(slot) != epoch:
-            raise Moved(slot, opened.get(slot, 0))
+    wanted = set(slots)
+    opened = {row[0]: row[1] for row in await tx.fetch("lock_open_slots", tuple({ref.slot for ref in wanted}))}
+    for ref in wanted:
+        if opened.get(ref.slot) != ref.epoch:
+            raise Moved(ref.slot, opened.get(ref.slot, 0))
 
 
 async def lock_jobs(tx: Transaction, ids: Sequence[int]) -> Locked:

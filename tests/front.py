@@ -1,7 +1,7 @@
 """A router in the test's event loop, over a running partition, spoken to over real HTTP."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from culm.shard_links import ShardLinks
 from culm.tokens import KeyRing, Verifier
 from culm.topology_store import TopologyCache
 from culm.wire import Principal
+from router import door
 from router.app import Front
 from router.forward import Forward
 from tests.partition import PILOT, USER, Partition
@@ -34,6 +35,7 @@ class RunningFront:
     forward: Forward
     folder: Path
     """Beside the topology: `keys/` and `trusted/` of this router."""
+    verifier: Verifier
 
     def token(self, principal: Principal, valid_s: float = TOKEN_S) -> str:
         """A token that this router trusts."""
@@ -51,27 +53,34 @@ class RunningFront:
         return path
 
 
-@asynccontextmanager
-async def front(shard: Partition, **settings: Any) -> AsyncIterator[RunningFront]:
+def front(shard: Partition, **settings: Any) -> AbstractAsyncContextManager[RunningFront]:
     """A router over one partition's topology; `settings` are fields of RouterSettings."""
-    folder = Path(shard.settings.topology_dir).parent
+    return front_over(Path(shard.settings.topology_dir), **settings)
+
+
+@asynccontextmanager
+async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[RunningFront]:
+    """A router over a topology whose shards are all up. It looks for a newer topology only when it must."""
+    folder = topology_dir.parent
     ring = KeyRing(folder / "keys", folder / "trusted", "central")
     ring.ensure()
     port = free_ports(1)
-    values = {"topology_dir": shard.settings.topology_dir, "trusted_keys_dir": str(folder / "trusted"), "port": port}
+    values = {"topology_dir": str(topology_dir), "trusted_keys_dir": str(folder / "trusted"), "port": port}
     options = RouterSettings(**(values | settings))
     topology = TopologyCache(options.topology_dir)
     links = ShardLinks(lambda: topology.current, LinkOptions(stall_s=options.link_stall_s, window=options.link_window))
     forward = Forward(topology, links, options.forward_deadline_s)
-    app = Front(options, forward, Verifier(options.trusted_keys_dir)).app(_ready)
+    verifier = Verifier(options.trusted_keys_dir)
+    app = Front(options, forward, verifier).app(_ready)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     await links.refresh()
+    server = await door.listen(runner, door.bound(options.host, port), options.max_connections)
     try:
-        await web.TCPSite(runner, options.host, port).start()
         await eventually(lambda: all(link.connected for link in links._links.values()), CONNECT_S, what="linked")
-        yield RunningFront(f"http://127.0.0.1:{port}", ring, forward, folder)
+        yield RunningFront(f"http://127.0.0.1:{port}", ring, forward, folder, verifier)
     finally:
+        server.close()
         await runner.cleanup()
         await links.stop()
 

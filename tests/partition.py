@@ -1,18 +1,21 @@
 """One whole shard in the test's event loop, over real servers, spoken to over its real link."""
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import redis.asyncio as redis
 
 from culm import topology_store
+from culm.errors import Unavailable
 from culm.link import LinkClient, LinkOptions
 from culm.matching import Offer
 from culm.settings import DatabaseSettings, DispatchSettings, ShardSettings, Timeouts
@@ -51,6 +54,7 @@ from tests.servers import Server
 from tests.waiting import eventually
 
 A = TypeVar("A", bound=msgspec.Struct)
+T = TypeVar("T")
 
 QUEUE = "BNL-q"
 DEADLINE_S = 20.0
@@ -61,6 +65,8 @@ PILOT = Principal(role="pilot", subject="pilots", authority="central", queues=["
 ADMIN = Principal(role="admin", subject="root", authority="central")
 OFFER = Offer(queue=QUEUE, labels=frozenset({"user", "panda", "managed"}), vos=None, cores=8)
 _numbers = itertools.count()
+_cache_of: dict[str, int] = {}
+"""One Valkey serves all tests: by schema, the number of its database there."""
 
 
 @dataclass
@@ -190,6 +196,19 @@ class Partition:
             connection.close()
 
 
+async def patiently(call: Callable[[], Awaitable[T]], deadline_s: float, refused: set[str] | None = None) -> T:
+    """Repeat a call as long as it is answered with a 503, as every client does; the codes go to `refused`."""
+
+    async def once() -> list[T]:
+        try:
+            return [await call()]
+        except Unavailable as error:
+            (set() if refused is None else refused).add(error.code)
+            return []
+
+    return (await eventually(once, deadline_s, what="the call is accepted"))[0]
+
+
 def job(**changes: Any) -> JobSpec:
     """A small job."""
     return JobSpec(**({"site": "BNL", "argv": ["true"]} | changes))
@@ -224,17 +243,18 @@ async def partition(
         link = f"unix:{folder / 'link.sock'}"
         section = section_of(*(sites or ("BNL",)), link=link)
         topology_store.create(folder / "topology", section)
-        number = next(_numbers)
+        if not schema:
+            number = next(_numbers)
+            schema = f"t{number}_{secrets.token_hex(3)}"
+            _cache_of[schema] = number % 16
+            await _flush(servers.valkey, _cache_of[schema])
         settings = ShardSettings(
             name="us1",
             link=link,
             http=f"unix:{folder / 'http.sock'}",
             topology_dir=str(folder / "topology"),
-            # One Valkey serves all tests: a database of it for each.
-            redis=f"unix://{servers.valkey.socket}?db={number % 16}",
-            database=DatabaseSettings(
-                socket=str(servers.database.socket), name=schema or f"t{number}_{secrets.token_hex(3)}"
-            ),
+            redis=f"unix://{servers.valkey.socket}?db={_cache_of[schema]}",
+            database=DatabaseSettings(socket=str(servers.database.socket), name=schema),
             timeouts=timeouts or Timeouts(grace_s=0.001),
             dispatch=dispatch or DispatchSettings(reap_interval_s=0.05, sweep_interval_s=0.2),
             topology_poll_s=0.05,
@@ -254,3 +274,11 @@ async def partition(
             running.stop_event.set()
             await client.stop()
             await task
+
+
+async def _flush(valkey: Server, number: int) -> None:
+    """Clear one database of a Valkey: an earlier test has left its hints there. A test may have killed it."""
+    client = redis.Redis(unix_socket_path=str(valkey.socket), db=number)
+    with contextlib.suppress(redis.RedisError, OSError):
+        await client.flushdb()
+    await client.aclose()

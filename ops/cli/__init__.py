@@ -56,7 +56,7 @@ def culm() -> None:
 def main() -> None:
     """Run the command line; every error of ours becomes one line and an exit code."""
     try:
-        culm(standalone_mode=True)
+        culm(prog_name="culm")
     except ClientFault as error:
         click.echo(f"culm: {error.message} ({error.code})", err=True)
         sys.exit(exits.of(error))

@@ -14,7 +14,9 @@
 
 -- name: common
 local prefix, known = KEYS[1], ARGV[1]
-local stored = redis.call('GET', prefix .. 'generation') or ''
+local stored = redis.pcall('GET', prefix .. 'generation')
+-- Rubbish, of another type too, is no generation.
+if type(stored) ~= 'string' or not string.match(stored, '^%x+$') then stored = '' end
 local function ready(class) return prefix .. 'ready:' .. class end
 local function ahead(score, id, floor_score, floor_id)
     return score < floor_score or (score == floor_score and id <= floor_id)
@@ -27,12 +29,12 @@ local function floor_of(class)
 end
 
 -- name: begin
--- ARGV[2]: a new generation. Answers the one that holds now.
-if stored == '' then
-    redis.call('SET', prefix .. 'generation', ARGV[2])
-    return ARGV[2]
-end
-return stored
+-- ARGV[2]: a new generation. Answers the one that holds now. Who knows none (a start, a failure) takes nothing over:
+-- hints that were left of classes that nobody refills any more would stay for ever.
+if stored ~= '' and stored == known then return stored end
+for _, name in ipairs(redis.call('KEYS', prefix .. '*')) do redis.call('DEL', name) end
+redis.call('SET', prefix .. 'generation', ARGV[2])
+return ARGV[2]
 
 -- name: push
 -- ARGV[2]: cap; then triples class, ranking, id. What ranks below a class's floor is left to InnoDB.
@@ -63,10 +65,14 @@ if stored == '' or stored ~= known then return {-1, stored} end
 local answer, low, i = {0}, {}, 2
 while i <= #ARGV do
     local wanted, n_classes = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
-    local taken, heads = {}, {}
+    local taken, heads, cut = {}, {}, nil
     for c = 1, n_classes do
         local class = ARGV[i + 1 + c]
         heads[c] = { class = class, list = redis.call('ZRANGE', ready(class), 0, wanted - 1, 'WITHSCORES'), at = 1 }
+        local score, id = floor_of(class)
+        if score and #heads[c].list < wanted * 2 and (not cut or not ahead(cut.score, cut.id, score, id)) then
+            cut = { score = score, id = id }
+        end
     end
     for _ = 1, wanted do
         local best
@@ -77,6 +83,8 @@ while i <= #ARGV do
             end
         end
         if not best then break end
+        -- A class that ran dry above its floor: InnoDB may hold better ones of it than what is left here.
+        if cut and not ahead(best.score, best.id, cut.score, cut.id) then break end
         best.head.at = best.head.at + 2
         taken[#taken + 1] = best.head.class
         taken[#taken + 1] = string.format('%d', best.score)
@@ -111,8 +119,13 @@ return {0}
 if stored == '' or stored ~= known then return {-1, stored} end
 local class, more = ARGV[2], ARGV[3] == '1'
 for i = 4, #ARGV, 2 do redis.call('ZADD', ready(class), tonumber(ARGV[i]), ARGV[i + 1]) end
+-- A push since open_refill may have passed the cap and left a floor: what it cut off is not in the list either.
+local score, id = floor_of(class)
 if more then
-    local score, id = tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
+    local last_score, last_id = tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
+    if not score or ahead(last_score, last_id, score, id) then score, id = last_score, last_id end
+end
+if score then
     redis.call('ZREMRANGEBYSCORE', ready(class), '(' .. score, '+inf')
     while true do
         local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')

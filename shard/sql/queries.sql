@@ -1,5 +1,6 @@
 -- Every statement of the shard. Portable between MariaDB >= 10.6 and MySQL >= 8.0, READ COMMITTED.
 -- Lock order, everywhere: slot (shared), ready, lease, job.
+-- What locks by id names its index: left to itself the optimizer scans a small table whole, and locks all of it.
 
 -- ---- ownership
 
@@ -57,7 +58,7 @@ WHERE request_id IN %s ORDER BY ordinal
 
 -- What was won: a stale hint or a rival's row is simply not in the answer.
 -- name: lock_ready
-SELECT id, slot, class_id, ranking FROM ready WHERE id IN %s FOR UPDATE SKIP LOCKED
+SELECT id, slot, class_id, ranking FROM ready FORCE INDEX (PRIMARY) WHERE id IN %s FOR UPDATE SKIP LOCKED
 
 -- The best of several classes without Redis, in the order of dispatch; not locking, the caller locks by id.
 -- name: best_ready
@@ -82,14 +83,14 @@ VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), DATE_ADD(UTC_TIMES
 -- ---- transitions
 
 -- name: lock_ready_of_jobs
-SELECT id FROM ready WHERE id IN %s FOR UPDATE
+SELECT id FROM ready FORCE INDEX (PRIMARY) WHERE id IN %s FOR UPDATE
 
 -- name: lock_leases_of_jobs
-SELECT id, attempt, token, first_s, heartbeat_s FROM lease WHERE id IN %s FOR UPDATE
+SELECT id, attempt, token, first_s, heartbeat_s FROM lease FORCE INDEX (PRIMARY) WHERE id IN %s FOR UPDATE
 
 -- name: lock_jobs
 SELECT id, slot, class_id, state, version, attempt, lost, max_attempts, priority, owner, cancel_requested,
-    queue, pilot, host, vo, working_group FROM job WHERE id IN %s FOR UPDATE
+    queue, pilot, host, vo, working_group FROM job FORCE INDEX (PRIMARY) WHERE id IN %s FOR UPDATE
 
 -- The derived table first, so that exactly the named rows are looked up and locked.
 -- name: change_jobs
@@ -109,10 +110,10 @@ VALUES {, |(%s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)}
 INSERT INTO ready (id, slot, class_id, ranking, queued_at) VALUES {, |(%s, %s, %s, %s, UTC_TIMESTAMP(6))}
 
 -- name: delete_ready
-DELETE FROM ready WHERE id IN %s
+DELETE ready FROM ready FORCE INDEX (PRIMARY) WHERE id IN %s
 
 -- name: delete_leases
-DELETE FROM lease WHERE id IN %s
+DELETE lease FROM lease FORCE INDEX (PRIMARY) WHERE id IN %s
 
 -- name: add_to_tally
 INSERT INTO tally (slot, state, writer, n) VALUES {, |(%s, %s, %s, %s)} ON DUPLICATE KEY UPDATE n = n + VALUES(n)
@@ -132,16 +133,19 @@ SELECT token, state FROM report WHERE id = %s AND attempt = %s
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
 
 -- name: request_cancel
-UPDATE job SET cancel_requested = 1 WHERE id IN %s
+UPDATE job FORCE INDEX (PRIMARY) SET cancel_requested = 1 WHERE id IN %s
 
 -- name: leases_of_request
 SELECT id FROM lease WHERE request_id = %s AND subject = %s
 
+-- Only of open slots: the leases that a moved slot left behind must not fill the batch for ever.
 -- name: expired_leases
-SELECT id FROM lease WHERE expires_at < UTC_TIMESTAMP(6) ORDER BY expires_at LIMIT %s
+SELECT lease.id FROM lease STRAIGHT_JOIN slot ON slot.slot = lease.id >> 39 AND slot.state = 'open'
+WHERE lease.expires_at < UTC_TIMESTAMP(6) ORDER BY lease.expires_at LIMIT %s
 
 -- name: lock_expired
-SELECT id, attempt FROM lease WHERE id IN %s AND expires_at < UTC_TIMESTAMP(6) FOR UPDATE SKIP LOCKED
+SELECT id, attempt FROM lease FORCE INDEX (PRIMARY) WHERE id IN %s AND expires_at < UTC_TIMESTAMP(6)
+FOR UPDATE SKIP LOCKED
 
 -- The oldest ready jobs of a slot, by id, which is by age.
 -- name: old_ready
@@ -153,7 +157,7 @@ SELECT id FROM job WHERE slot = %s AND state IN %s AND id BETWEEN %s AND %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
 
 -- name: jobs_of_jobset
-SELECT id FROM job WHERE jobset = %s AND id > %s ORDER BY id LIMIT %s
+SELECT id FROM job WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMIT %s
 
 -- ---- reads
 
@@ -185,7 +189,7 @@ SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, 
     error_plane, error_code, error_text
 FROM job
 WHERE id > %s AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
-    AND (%s = 0 OR jobset = %s) AND (%s = '' OR vo = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s)
 ORDER BY id LIMIT %s
 
 -- name: counts

@@ -1,13 +1,17 @@
 """Submit on a real shard: one key one range of ids, all or nothing, parents, many jobs."""
 
 import asyncio
+import random
+from typing import Any
 
 import pytest
 
-from culm.errors import ClientFault, Conflict, Moved
+from culm.errors import ClientFault, Conflict, Moved, Unavailable
 from culm.ids import slot_of
 from culm.states import State
 from culm.wire import ShardDepths, ShardDepthsAnswer, ShardSubmit, ShardSubmitAnswer, SlotJobs, SlotRef
+from ops.audit import audit
+from shard.database import ChangedUnderfootError, Transaction
 from tests.partition import OTHER_USER, PRODUCTION, USER, Partition, Servers, job, partition
 
 
@@ -30,11 +34,7 @@ async def test_one_key_one_range_of_ids(shard: Partition) -> None:
 
 async def test_one_key_twenty_times_at_once(shard: Partition) -> None:
     async def one() -> list[int]:
-        while True:
-            try:
-                return await shard.submit(*[job()] * 5, key="same")
-            except Conflict as error:
-                assert "under way" in error.message
+        return await shard.submit(*[job()] * 5, key="same")
 
     answers = await asyncio.gather(*(one() for _ in range(20)))
     assert len({tuple(answer) for answer in answers}) == 1
@@ -125,3 +125,95 @@ async def test_names_of_every_alphabet_survive(shard: Partition) -> None:
     view = await shard.job(identifier)
     assert view.spec == spec
     assert view.job.name == spec.name
+
+
+# --- cut off, run again, repeated ------------------------------------------------------------------------------------
+
+
+def _roll_back_once(shard: Partition) -> None:
+    """The next submit's transaction does all its work, is rolled back, and is run again: as by a deadlock."""
+    intake = shard.shard.intake
+    insert = intake._insert
+
+    async def rolled_back(tx: Transaction, call: ShardSubmit, numbered: Any) -> Any:
+        intake._insert = insert  # type: ignore[method-assign]
+        await insert(tx, call, numbered)
+        raise ChangedUnderfootError
+
+    intake._insert = rolled_back  # type: ignore[method-assign]
+
+
+async def test_a_submit_that_is_run_again_stores_its_class_too(both: Servers) -> None:
+    """Memory must not know it before InnoDB does: after a restart its jobs would fit nobody."""
+    async with partition(both) as first:
+        schema = first.settings.database.name
+        _roll_back_once(first)
+        [identifier] = await first.submit(job(cores=3))
+        assert len(await first.rows("SELECT class_id FROM requirement_class")) == 1
+    async with partition(both, schema=schema) as second:
+        assert [grant.id for grant in await second.get()] == [identifier]
+
+
+async def test_a_submit_that_is_run_again_counts_once(shard: Partition) -> None:
+    _roll_back_once(shard)
+    await shard.submit(*[job()] * 3)
+    assert await _n_jobs(shard) == 3
+    assert await shard.rows("SELECT SUM(n) FROM tally") == [(3,)]
+    assert await shard.rows("SELECT SUM(n) FROM owner_tally") == [(3,)]
+    assert await shard.rows("SELECT COUNT(*) FROM ready") == [(3,)]
+
+
+async def test_a_submit_whose_client_hangs_up_anywhere_is_whole_or_not_there(shard: Partition) -> None:
+    dice = random.Random(4)
+    keys = [f"k{number}" for number in range(30)]
+    for key in keys:
+        task = asyncio.create_task(shard.submit(*[job()] * 3, key=key))
+        await asyncio.wait([task], timeout=dice.random() * 0.006)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert await _n_jobs(shard) % 3 == 0
+    # The repeat gets what the first got, or makes it.
+    answers = [await shard.submit(*[job()] * 3, key=key) for key in keys]
+    assert len({identifier for ids in answers for identifier in ids}) == 3 * len(keys)
+    assert await _n_jobs(shard) == 3 * len(keys)
+    assert (await audit([shard.settings], shard.topology)).findings == []
+
+
+async def test_a_repeat_brings_the_part_of_a_slot_that_has_moved_here_since(both: Servers) -> None:
+    """The other shard was down at the first try; its slot is here now. What is stored is not stored again."""
+    async with partition(both, "BNL", "AGLT2") as shard:
+        here = SlotJobs(at=shard.slot("BNL"), specs=[job()])
+        moved = SlotJobs(at=shard.slot("AGLT2"), specs=[job(cores=2)])
+
+        async def submit(*parts: SlotJobs) -> list[int]:
+            call = ShardSubmit(principal=USER, key="k", jobset=1, parts=list(parts))
+            return (await shard.ask("submit", call, ShardSubmitAnswer)).first_ids
+
+        first = await submit(here)
+        both_of_them = await submit(here, moved)
+        assert both_of_them[0] == first[0]
+        assert slot_of(both_of_them[1]) == moved.at.slot
+        assert await submit(moved, here) == both_of_them[::-1]
+        assert await _n_jobs(shard) == 2
+        with pytest.raises(Conflict):
+            await submit(here, SlotJobs(at=moved.at, specs=[job(cores=3)]))
+
+
+async def test_a_number_that_is_taken_is_a_503_and_the_repeat_gets_another(shard: Partition) -> None:
+    """A sequence that was set back, by a restore for instance."""
+    [taken] = await shard.submit(job())
+    shard.shard.intake._ids._blocks.clear()
+    await shard.sql("UPDATE slot_sequence SET next_seq = 1")
+    with pytest.raises(Unavailable) as told:
+        await shard.submit(job(), key="k")
+    assert told.value.code == "key_in_use"
+    [other] = await shard.submit(job(), key="k")
+    assert other != taken
+    assert await _n_jobs(shard) == 2
+
+
+async def test_two_calls_with_new_classes_in_unlike_order_both_end_well(shard: Partition) -> None:
+    specs = [job(cores=n) for n in range(1, 9)]
+    answers = await asyncio.gather(*(shard.submit(*(specs if n % 2 else specs[::-1])) for n in range(8)))
+    assert len({identifier for ids in answers for identifier in ids}) == 64
+    assert await shard.rows("SELECT COUNT(*) FROM requirement_class") == [(8,)]

@@ -59,6 +59,8 @@ class Shard:
                 raise Conflict("stale_attempt", "attempt 2 is the last", details={"attempt": 2})
             case "huge":
                 return bytes(MAX_FRAME_BYTES)
+            case _ if len(verb) > 1000:
+                raise ClientFault("unknown_verb", f"{verb * 3} is no verb")
             case _:
                 raise ZeroDivisionError("a fault of ours")
 
@@ -224,6 +226,32 @@ async def test_a_cancelled_caller_cancels_the_shards_work(client: LinkClient, sh
     call.cancel()
     await eventually(lambda: shard.cancelled == ["wait"], DEADLINE_S)
     assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+
+
+async def test_calls_that_are_cancelled_before_they_begin_are_forgotten_on_both_sides(
+    shard: Shard, folder: Path
+) -> None:
+    """CALL and CANCEL leave in one write: the shard's task is cancelled before its first step."""
+    async with linked(f"unix:{folder}/s", LinkOptions(window=3)) as link:
+        assert await link.wait_connected(DEADLINE_S)
+        for _ in range(5):
+            calls = [asyncio.create_task(link.call("wait", b"", DEADLINE_S)) for _ in range(3)]
+            await asyncio.sleep(0)
+            for call in calls:
+                call.cancel()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(answer) for answer in answers} == {asyncio.CancelledError}
+            # Each call gets its one answer, also after a CANCEL: else the window would fill up for ever.
+            await eventually(lambda: not link._connection.calls, DEADLINE_S, what="the client forgets")  # type: ignore[union-attr]
+        [connection] = shard.server.connections
+        assert connection.tasks == {}
+        assert await link.call("echo", b"still here", DEADLINE_S) == b"still here"
+
+
+async def test_an_error_too_large_for_a_frame_is_told_shorter(client: LinkClient) -> None:
+    error = await failing(client.call("x" * (MAX_FRAME_BYTES // 2), b"", DEADLINE_S))
+    assert (type(error), error.code) == (ClientFault, "unknown_verb")
+    assert 1000 < len(error.message) < 5000
 
 
 async def test_past_the_deadline_the_caller_is_told_and_the_shard_too(client: LinkClient, shard: Shard) -> None:
