@@ -15,7 +15,7 @@ import msgspec
 
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from ops.cluster.layout import Layout, make_private
-from ops.cluster.supervisor import start_time
+from ops.cluster.supervisor import RUNS_ALREADY, start_time
 
 UP_S: Final = 420.0
 """The first start may fetch an engine."""
@@ -146,8 +146,13 @@ def _wait_up(layout: Layout, process: "subprocess.Popen[bytes] | None", progress
             if told.phase in ENDING:
                 raise CulmError("start_failed", f"{told.failure or 'it was stopped'} (logs in {layout.logs})")
             n_up = sum(one.state == "up" for one in told.processes)
-            progress(f"{n_up} of {len(told.processes)} processes are up")
-        if process is not None and process.poll() is not None:
+            known = f"{n_up} of {len(told.processes)} processes are up"
+            progress(known if told.processes else "preparing the databases (the first start may fetch their server)")
+        if process is not None and process.poll() == RUNS_ALREADY:
+            # Another `up` was a moment earlier: wait for that one's.
+            process = None
+        ended = process.poll() is not None if process is not None else told is not None and not told.alive
+        if ended:
             raise CulmError("start_failed", f"the supervisor ended, see {layout.folder / 'supervisor.log'}")
         time.sleep(POLL_S)
     raise CulmError("start_failed", f"not up after {UP_S:.0f} s, see {layout.logs}")

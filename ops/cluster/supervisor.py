@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,8 @@ MAX_PAUSE_S: Final = 10.0
 STABLE_S: Final = 30.0
 """A process that lived so long starts again at the first pause."""
 MAX_LOG_BYTES: Final = 50 << 20
+RUNS_ALREADY: Final = 5
+"""The exit code of one that found another at work."""
 PR_SET_PDEATHSIG: Final = 1
 _LIBC: Final = ctypes.CDLL(None)
 
@@ -163,17 +166,21 @@ class Supervisor:
             }
             for child in self._children
         ]
-        told = {
-            "phase": self._phase,
-            "failure": self._failure,
-            "pid": os.getpid(),
-            "started": start_time(os.getpid()),
-            "port": self._layout.port,
-            "processes": children,
-        }
-        beside = self._layout.status.with_suffix(".new")
-        beside.write_text(json.dumps(told), encoding="utf-8")
-        beside.replace(self._layout.status)
+        _tell(self._layout, self._phase, failure=self._failure, processes=children)
+
+
+def _tell(layout: Layout, phase: str, *, failure: str = "", processes: Sequence[Mapping[str, object]] = ()) -> None:
+    told = {
+        "phase": phase,
+        "failure": failure,
+        "pid": os.getpid(),
+        "started": start_time(os.getpid()),
+        "port": layout.port,
+        "processes": list(processes),
+    }
+    beside = layout.status.with_suffix(".new")
+    beside.write_text(json.dumps(told), encoding="utf-8")
+    beside.replace(layout.status)
 
 
 def start_time(pid: int) -> int:
@@ -196,12 +203,13 @@ def main() -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.stderr.write("another supervisor runs here\n")
-            return 5
+            return RUNS_ALREADY
+        # Before the engine is fetched, which may take minutes: `down` must find who is at it.
+        _tell(layout, "starting")
         try:
             processes = prepare(layout)
         except CulmError as error:
-            failed = {"phase": "failed", "failure": error.message, "pid": os.getpid(), "port": layout.port}
-            layout.status.write_text(json.dumps(failed | {"processes": []}), encoding="utf-8")
+            _tell(layout, "failed", failure=error.message)
             return 1
         try:
             return asyncio.run(_run(layout, processes))

@@ -4,13 +4,14 @@ Order (design section 7): CULM_MYSQLD, `mariadbd` or `mysqld` on this machine, D
 same packages unpacked into a private prefix otherwise.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -54,9 +55,7 @@ def find(cache: Path) -> Engine:
     if shutil.which("apt-get") is None:
         raise _missing("there is no apt to fetch one")
     if os.getuid() == 0:
-        environment = os.environ | {"RUNLEVEL": "1", "DEBIAN_FRONTEND": "noninteractive"}
-        _run(["apt-get", "update", "-q"], environment)
-        _run(["apt-get", "install", "-qy", "--no-install-recommends", *PACKAGES], environment)
+        _install()
         installed = _installed()
         if installed is None:
             raise _missing("apt installed none")
@@ -106,9 +105,7 @@ def _template(engine: Engine, cache: Path) -> Path:
     """The template data directory of this binary and version; made once, by whoever is first."""
     mark = hashlib.blake2b(f"{engine.binary}{engine.version}".encode(), digest_size=6).hexdigest()
     template = cache / "templates" / f"{engine.kind}-{engine.version}-{mark}"
-    template.parent.mkdir(parents=True, exist_ok=True)
-    with (template.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(template.parent):
         if template.is_dir():
             return template
         beside = template.with_name(template.name + ".new")
@@ -171,24 +168,79 @@ def _identify(binary: Path, prefix: Path | None) -> Engine:
     return Engine(kind, binary, version[1] if version else "0.0.0", prefix, environment)
 
 
+def _install() -> None:
+    environment = os.environ | {"RUNLEVEL": "1", "DEBIAN_FRONTEND": "noninteractive"}
+    # A machine that was just set up may still be updating itself.
+    apt = ["apt-get", "-o", "DPkg::Lock::Timeout=120"]
+    _with_fresh_lists(
+        lambda: _run([*apt, "install", "-qy", "--no-install-recommends", *PACKAGES], environment),
+        lambda: _run([*apt, "update", "-q"], environment),
+    )
+
+
 def _unpacked(folder: Path) -> Engine:
     """Debian's packages and those they need that are not installed, unpacked where this user may write."""
     prefix = folder / "mariadb"
     binary = prefix / "usr/sbin/mariadbd"
-    if not binary.exists():
-        downloads = folder / "downloads"
+    with _alone(folder):
+        if not binary.exists():
+            downloads = folder / "downloads"
+            _download(downloads, folder / "apt")
+            beside = folder / "mariadb.new"
+            shutil.rmtree(beside, ignore_errors=True)
+            for package in sorted(downloads.glob("*.deb")):
+                _run(["dpkg", "-x", str(package), str(beside)], os.environ)
+            beside.rename(prefix)
+            shutil.rmtree(downloads)
+    return _identify(binary, prefix)
+
+
+def _download(downloads: Path, own: Path) -> None:
+    """The packages, by this machine's lists; where those are missing or old, by lists of our own under `own`."""
+    options: list[str] = []
+
+    def fetch() -> None:
         shutil.rmtree(downloads, ignore_errors=True)
         downloads.mkdir(parents=True)
-        simulated = _run(["apt-get", "install", "-qq", "-s", "--no-install-recommends", *PACKAGES], os.environ)
+        simulated = _run(
+            ["apt-get", *options, "install", "-qq", "-s", "--no-install-recommends", *PACKAGES], os.environ
+        )
         names = [line.split()[1] for line in simulated.splitlines() if line.startswith("Inst ")]
-        _run(["apt-get", "download", "-q", *names], os.environ, folder=downloads)
-        beside = folder / "mariadb.new"
-        shutil.rmtree(beside, ignore_errors=True)
-        for package in sorted(downloads.glob("*.deb")):
-            _run(["dpkg", "-x", str(package), str(beside)], os.environ)
-        beside.rename(prefix)
-        shutil.rmtree(downloads)
-    return _identify(binary, prefix)
+        _run(["apt-get", *options, "download", "-q", *names], os.environ, folder=downloads)
+
+    def update() -> None:
+        for name in ("lists/partial", "cache/archives/partial"):
+            (own / name).mkdir(parents=True, exist_ok=True)
+        options.extend(["-o", f"Dir::State::Lists={own / 'lists'}", "-o", f"Dir::Cache={own / 'cache'}"])
+        _run(["apt-get", *options, "update", "-q"], os.environ)
+
+    _with_fresh_lists(fetch, update)
+
+
+def _with_fresh_lists(act: Callable[[], object], update: Callable[[], object]) -> None:
+    """Do it with the package lists that are there; when that fails, once more with new ones."""
+    with contextlib.suppress(ClientFault):
+        act()
+        return
+    why: ClientFault | None = None
+    try:
+        update()
+    except ClientFault as error:
+        # One source of several may be broken and what we need be in the others.
+        why = error
+    try:
+        act()
+    except ClientFault as error:
+        raise (why or error) from None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this user at a time; the kernel gives the lock of a killed one back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run(command: list[str], environment: Mapping[str, str], *, folder: Path | None = None) -> str:
@@ -205,7 +257,7 @@ def _run(command: list[str], environment: Mapping[str, str], *, folder: Path | N
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _missing(f"{command[0]}: {error}") from None
     if done.returncode != 0:
-        raise _missing(f"`{' '.join(command[:4])} ..` failed: {(done.stderr or done.stdout)[-600:]}")
+        raise _missing(f"`{' '.join(command[:4])} ..` failed: {(done.stderr or done.stdout).strip()[-600:]}")
     return done.stdout
 
 

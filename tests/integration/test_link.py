@@ -15,11 +15,11 @@ from culm.link import LinkClient, LinkOptions, LinkServer
 from culm.settings import TlsSettings
 from culm.wire import MAX_FRAME_BYTES
 from tests.certificates import authority, certificate
+from tests.servers import free_ports
 from tests.waiting import eventually
 
 DEADLINE_S = 5.0
 HELLO = encode_frame(Frame(Kind.HELLO, 1, "test"))
-TLS_PORT = 26_310
 
 
 class Shard:
@@ -464,7 +464,7 @@ def certificates(folder: Path) -> Path:
 )
 async def test_tls_admits_the_shared_authority_only(certificates: Path, ca: str, name: str, *, admitted: bool) -> None:
     peer = Shard()
-    where = f"tls:localhost:{TLS_PORT}"
+    where = f"tls:localhost:{free_ports(1)}"
     await peer.server.start(where, _tls(certificates, "ca", "shard"))
     async with linked(where, LinkOptions(tls=_tls(certificates, ca, name))) as client:
         assert await client.wait_connected(DEADLINE_S if admitted else 0.5) is admitted
@@ -475,5 +475,5 @@ async def test_tls_admits_the_shared_authority_only(certificates: Path, ca: str,
 
 async def test_plain_tcp_outside_loopback_never_listens() -> None:
     with pytest.raises(ClientFault) as caught:
-        await Shard().server.start("tcp:0.0.0.0:26311")
+        await Shard().server.start(f"tcp:0.0.0.0:{free_ports(1)}")
     assert caught.value.code == "plain_tcp_refused"

@@ -1,5 +1,6 @@
 """up, down, status, logs: exactly what was started is ended, a killed one blocks nothing, two do not meet."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -90,6 +91,48 @@ def test_an_up_that_is_killed_while_it_starts_blocks_nothing(own: Path) -> None:
     eventually_sync(lambda: processes_of(own) == [], DEADLINE_S, what="its children died with it")
     assert _up(own, port).returncode == 0
     assert culm("down", folder=own).returncode == 0
+
+
+def test_two_ups_at_once_start_one_cluster(own: Path) -> None:
+    port = servers.free_ports(2)
+    both = [
+        subprocess.Popen(
+            [CULM, "up", "--port", str(port)],
+            env=os.environ | {"CULM_DIR": str(own)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    said = [one.communicate(timeout=120)[1].decode() for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert {process["state"] for process in decoded(culm("status", "-o", "json", folder=own))["processes"]} == {"up"}
+    assert culm("down", folder=own).returncode == 0
+    assert processes_of(own) == []
+
+
+def test_a_cluster_that_is_being_prepared_is_found_and_ended(own: Path, tmp_path: Path) -> None:
+    # The supervisor waits for the lock that another cluster of this user holds while it makes the template.
+    templates = tmp_path / "culm" / "templates"
+    templates.mkdir(parents=True)
+    with (templates / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        starting = subprocess.Popen(
+            [CULM, "up", "--port", str(servers.free_ports(2))],
+            env=os.environ | {"CULM_DIR": str(own), "XDG_CACHE_HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        eventually_sync((own / "data").exists, DEADLINE_S, what="it prepares")
+        assert decoded(culm("status", "-o", "json", folder=own))["phase"] == "starting"
+        assert "stopped" in culm("down", folder=own).stderr
+        told = starting.communicate(timeout=DEADLINE_S)[1]
+    assert starting.returncode != 0
+    assert "Traceback" not in told
+    assert processes_of(own) == []
 
 
 def test_ctrl_c_ends_a_cluster_in_the_foreground(folder: Path) -> None:

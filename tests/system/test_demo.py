@@ -1,8 +1,10 @@
 """The two front doors: the demo on a fresh folder, and the command line on what it leaves."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 
 from ops.cluster.layout import Layout
 from tests import servers
-from tests.cluster import ROOT, culm, decoded, processes_of
+from tests.cluster import CULM, ROOT, culm, decoded, processes_of
+from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.system
 CATALOGUE = ROOT.parent / "shared" / "data" / "schedconfig-2009.csv"
@@ -42,6 +45,48 @@ def test_the_demo_runs_sixty_jobs_and_leaves_a_clean_cluster(folder: Path) -> No
         culm("down", folder=folder)
         shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
     assert processes_of(folder) == []
+
+
+def test_ctrl_c_in_the_demo_ends_its_pilots_and_leaves_the_cluster_consistent(folder: Path) -> None:
+    port = servers.free_ports(2)
+    try:
+        shown = subprocess.Popen(
+            [CULM, "demo", "--port", str(port)],
+            env=os.environ | {"CULM_DIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+        eventually_sync(lambda: _some_finished(folder), 120.0, what="the first jobs have finished")
+        # A terminal sends it to all processes in its foreground: the demo and its pilots.
+        os.killpg(shown.pid, signal.SIGINT)
+        told = shown.communicate(timeout=60)[1]
+        assert shown.returncode not in {0, None}
+        assert "Traceback" not in told
+        assert [path for path in map(_words, processes_of(folder)) if b"pilot" in path] == []
+        assert decoded(culm("status", "-o", "json", folder=folder))["phase"] == "up"
+        # What its pilots had has been given back or reported: nothing waits for a lease to run out.
+        assert set(decoded(culm("counts", "-o", "json", folder=folder))["total"]) <= {"activated", "finished"}
+        assert decoded(culm("audit", "-o", "json", folder=folder))["findings"] == []
+        again = culm("demo", folder=folder, timeout_s=180.0)
+        assert again.returncode == 0, again.stderr
+    finally:
+        culm("down", folder=folder)
+        shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
+    assert processes_of(folder) == []
+
+
+def _some_finished(folder: Path) -> bool:
+    told = culm("counts", "-o", "json", folder=folder)
+    return told.returncode == 0 and decoded(told)["total"].get("finished", 0) > 3
+
+
+def _words(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @needs_data
