@@ -57,8 +57,7 @@ async def test_a_row_won_by_one_group_of_a_batch_is_not_won_again_by_another(
     small, large = small_and_large
     seats = [_seat(shard, get_job_call(shard.slot(), offer=offer)) for offer in (WIDE, NARROW)]
     assert len(groups_of(seats)) == 2
-    hints = {hint.id: hint for hint in await shard.shard.queue.everything()}
-    claimed = await _claim(shard, seats, [[hints[small]], []])
+    claimed = await _claim(shard, seats, [[Hint(-9, small, seats[1].keys[0])], []])
     assert _granted(seats) == [[small], []]
     assert not claimed.contended
     assert await shard.rows("SELECT id FROM ready") == [(large,)]
@@ -94,8 +93,8 @@ async def test_a_batch_of_several_wishes_is_filled_in_the_order_of_its_seats(sha
 
 async def test_stale_and_false_hints_are_replaced_from_the_database(shard: Partition) -> None:
     ids = await shard.submit(*[job()] * 2)
-    key = (await shard.shard.queue.everything())[0].key
     seats = [_seat(shard, get_job_call(shard.slot())) for _ in range(2)]
+    [key] = seats[0].keys
     rubbish = [Hint(-9, 2**64 + 5, key), Hint(-9, 0, key), Hint(0, ids[0], ClassKey(3, 3)), Hint(0, ids[1] + 99, key)]
     claimed = await _claim(shard, seats, [rubbish])
     assert sorted(i for got in _granted(seats) for i in got) == ids

@@ -186,9 +186,7 @@ async def test_a_killed_claim_is_found_by_its_repeat_or_was_never_made(both: Ser
             name = f"request-{number}"
             asked = asyncio.ensure_future(dispatcher.get_job(get_job_call(first.slot(), request_id=name)))
             await asyncio.wait([asked], timeout=number * 0.0003)
-            for worker in dispatcher._workers:
-                worker.cancel()
-            await asyncio.gather(*dispatcher._workers, return_exceptions=True)
+            await _cancelled(dispatcher._workers)
             dispatcher.start()
             with contextlib.suppress(Unavailable):
                 await asked
@@ -199,3 +197,11 @@ async def test_a_killed_claim_is_found_by_its_repeat_or_was_never_made(both: Ser
         rest = await second.get(n_jobs=40)
         assert sorted([grants[0].id for grants in answers] + [grant.id for grant in rest]) == ids
         assert (await audit([second.settings], second.topology)).findings == []
+
+
+async def _cancelled(tasks: "list[asyncio.Task[None]]") -> None:
+    """Cancel until they have ended: redis-py can swallow a cancellation."""
+    while not all(task.done() for task in tasks):
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=0.05)
