@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from culm.wire import JobSpec, JobsQuery, SubmitRequest
+from culm.wire import GetJobRequest, JobSpec, JobsQuery, PilotInfo, SubmitRequest
 from tests.front import RunningFront, front_over
-from tests.partition import Servers
+from tests.partition import PILOT, Servers
 from tests.two_partitions import NAMES, TwoPartitions, two_partitions
 from tests.waiting import eventually
 
@@ -69,3 +69,16 @@ async def test_lists_by_site_and_region_hold_those_jobs_only(router: RunningFron
         assert [row.site for row in (await client.jobs(JobsQuery(site="FZK"))).jobs] == ["FZK", "FZK"]
         assert [row.region for row in (await client.jobs(JobsQuery(region="BOTH"))).jobs] == ["BOTH", "BOTH"]
         assert [row.region for row in (await client.jobs(JobsQuery(region="EU"))).jobs] == ["EU", "EU"]
+
+
+async def test_a_repeat_gets_its_first_answer_also_when_there_is_work_at_home_by_now(router: RunningFront) -> None:
+    """The first answer came from the shard of the region's slot; home has a job since (invariant I6)."""
+    request = GetJobRequest(request_id="12345678", queue="UTA-q", pilot=PilotInfo(id="p"))
+    async with router.client() as user, router.client(PILOT) as pilot:
+        [of_region] = (await user.submit(call(JobSpec(region="BOTH", argv=["true"])))).ids
+        first = await pilot.get_job(request)
+        assert [grant.id for grant in first.jobs] == [of_region]
+        [of_site] = (await user.submit(SubmitRequest(idempotency_key="later", jobs=[at("UTA")]))).ids
+        assert [grant.id for grant in (await pilot.get_job(request)).jobs] == [of_region]
+        other = GetJobRequest(request_id="87654321", queue="UTA-q", pilot=PilotInfo(id="p"))
+        assert [grant.id for grant in (await pilot.get_job(other)).jobs] == [of_site]
