@@ -39,8 +39,14 @@ def topology(*, default_region: str = "US") -> Topology:
             "FZK": Site(region="EU", slots=[30], queues={"FZK_1": Queue()}),
         },
         placement={
-            0: Placement("us1", 1), 1: Placement("eu1", 2), 20: Placement("us1", 3), 30: Placement("eu1", 4),
-            10: Placement("us1", 5), 11: Placement("us2", 6), 12: Placement("us1", 7), 13: Placement("us2", 8),
+            0: Placement("us1", 1),
+            1: Placement("eu1", 2),
+            20: Placement("us1", 3),
+            30: Placement("eu1", 4),
+            10: Placement("us1", 5),
+            11: Placement("us2", 6),
+            12: Placement("us1", 7),
+            13: Placement("us2", 8),
         },
         default_region=default_region,
     )
