@@ -24,6 +24,7 @@ from culm.wire import (
     ShardRelease,
     ShardReleaseAnswer,
     ShardReport,
+    SlotRef,
 )
 from router.forward import Forward
 from router.resolve import lease_times, offer_of, pilot_slots
@@ -120,25 +121,31 @@ async def _ask_shards(
     principal, request = asked
     site, queue = where
     shards = pilot_slots(topology, site, request.pilot.id)
-    turns = [(shard, slots, 0.0) for shard, slots in shards]
+    turns: list[tuple[str, list[SlotRef], float | None]] = [(shard, slots, 0.0) for shard, slots in shards]
     if len(shards) == 1:
         turns = [(*shards[0], request.wait_s)]
     elif request.wait_s:
         turns.append((*shards[0], request.wait_s))
+    # A repeat is answered by the shard that answered first, wherever there is work by now (invariant I6): an offer of
+    # no label takes nothing new.
+    turns = [*((shard, slots, None) for shard, slots in shards[1:]), *turns]
+    offer = offer_of(principal, request, queue)
     failed: CulmError | None = None
     for shard, slots, wait_s in turns:
         message = ShardGetJob(
             slots=slots,
             request_id=request.request_id,
             subject=principal.subject,
-            offer=offer_of(principal, request, queue),
+            offer=msgspec.structs.replace(offer, labels=frozenset()) if wait_s is None else offer,
             pilot=request.pilot,
             lease=lease_times(queue),
             n_jobs=request.n_jobs,
-            wait_s=wait_s,
+            wait_s=wait_s or 0.0,
         )
         try:
-            answer = await forward.links.ask(shard, "get_job", message, GetJobAnswer, forward.deadline_s + wait_s)
+            answer = await forward.links.ask(
+                shard, "get_job", message, GetJobAnswer, forward.deadline_s + message.wait_s
+            )
         except Moved:
             raise
         except CulmError as error:
