@@ -20,6 +20,8 @@ from pilot.stop import Stop, StoppedError
 
 POLL_S = 0.05
 RELEASE_PATIENCE_S = 5.0
+HANG_UP_S = 0.2
+"""Until a router has noticed that a client is gone."""
 HEARTBEAT_PATIENCE_S = 1.0
 HEARTBEAT_TIMEOUT_S = 10.0
 HEARTBEAT_MIN_S = 0.2
@@ -151,6 +153,8 @@ class Agent:
 
     def _give_back_unseen(self, request: dict[str, Any]) -> None:
         """Stopped while it asked: what was granted meanwhile is what the same request id gets again."""
+        # Else this joins the long poll that we have just hung up on, and waits as long as that would have.
+        time.sleep(HANG_UP_S)
         try:
             answer = self._router.call("get_job", request, RELEASE_PATIENCE_S, RELEASE_PATIENCE_S)
             grants = _grants(answer)

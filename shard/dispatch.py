@@ -338,6 +338,9 @@ class Dispatcher:
             if request.timer is None:
                 request.timer = asyncio.get_running_loop().call_at(request.deadline, self._wait_is_over, request)
             self._parking.park(request)
+            if request.n_clients == 0:
+                # Its client went while it was in the claim: nobody waits, and it must not take a wake-up from others.
+                self._abandon(request)
             _PARKED.set(len(self._parking))
 
     def _announced_since(self, request: _Request) -> bool:
