@@ -88,6 +88,8 @@ class _ServerConnection(Connection):
     def connection_lost(self, _exc: Exception | None) -> None:
         self.server.connections.discard(self)
         self.transport = None
+        if self._hello_timer is not None:
+            self._hello_timer.cancel()
         for task in list(self.tasks.values()):
             task.cancel()
 

@@ -16,7 +16,6 @@ from shard.hints import ClassKey
 
 MAX_REMEMBERED_OFFERS = 256
 """Of one slot: pilots of a computing queue look alike."""
-MAX_REMEMBERED_CEASED = 10_000
 
 _DECODER = msgspec.msgpack.Decoder(Requirements)
 
@@ -29,7 +28,6 @@ class ClassRegistry:
         self._active: dict[int, set[int]] = defaultdict(set)
         self._announced: dict[ClassKey, int] = defaultdict(int)
         self._fits: dict[int, dict[Offer, tuple[ClassKey, ...]]] = defaultdict(dict)
-        self._ceased: set[ClassKey] = set()
 
     def learn(self, slot: int, class_id: int, body: bytes) -> None:
         """Remember a class as stored. Raises msgspec.DecodeError for a body that is none."""
@@ -57,17 +55,10 @@ class ClassRegistry:
         if self._announced[key] == announced and key.class_id in self._active[key.slot]:
             self._active[key.slot].discard(key.class_id)
             self._fits[key.slot].clear()
-            if len(self._ceased) < MAX_REMEMBERED_CEASED:
-                self._ceased.add(key)
 
     def active(self) -> list[ClassKey]:
         """All active classes."""
         return [ClassKey(slot, class_id) for slot, classes in self._active.items() for class_id in classes]
-
-    def ceased(self) -> list[ClassKey]:
-        """The classes that ceased to be active since the last call: a refill takes away hints that are left over."""
-        ceased, self._ceased = self._ceased, set()
-        return list(ceased)
 
     def fitting(self, slots: Iterable[int], offer: Offer) -> tuple[ClassKey, ...]:
         """The active classes of these slots that a pilot with this offer may take from."""

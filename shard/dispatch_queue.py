@@ -117,14 +117,25 @@ class DispatchQueue:
         if arguments:
             await self._call("remove", arguments)
 
+    async def classes(self) -> list[ClassKey]:
+        """The classes that hints are stored of. Raises QueueLostError. Safe to retry: yes."""
+        if not self.available:
+            raise QueueLostError("the breaker is open")
+        start = f"{self._prefix}ready:"
+        try:
+            names = [name async for name in self._redis.scan_iter(match=f"{start}*", count=1000)]
+        except (RedisError, OSError) as error:
+            raise QueueLostError("classes") from error
+        return [key for name in names if (key := _key(name.removeprefix(start.encode())))]
+
     async def everything(self) -> list[Hint]:
         """Every hint that is stored, for the audit. Raises QueueLostError. Safe to retry: yes."""
         found: list[Hint] = []
         try:
-            async for name in self._redis.scan_iter(match=f"{self._prefix}ready:*", count=1000):
-                key = _key(name.removeprefix(f"{self._prefix}ready:".encode()))
-                pairs: list[Any] = await self._redis.zrange(name, 0, -1, withscores=True) if key else []
-                found += [Hint(int(score), int(member), key) for member, score in pairs if key and _is_member(member)]
+            for key in await self.classes():
+                name = f"{self._prefix}ready:{_class(key)}"
+                pairs: list[Any] = await self._redis.zrange(name, 0, -1, withscores=True)
+                found += [Hint(int(score), int(member), key) for member, score in pairs if _is_member(member)]
         except (RedisError, OSError) as error:
             raise QueueLostError("everything") from error
         return found

@@ -6,9 +6,11 @@ of the class from InnoDB and puts them back.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 from culm.errors import CulmError
 from culm.settings import DispatchSettings
@@ -18,6 +20,7 @@ from shard.dispatch_queue import DispatchQueue, QueueLostError
 from shard.hints import ClassKey, Hint
 
 SWEPT_PER_TURN = 10
+LEFTOVERS_PER_TURN = 100
 
 log = logging.getLogger("shard.refill")
 
@@ -95,10 +98,13 @@ class Refill:
     async def sweep(self) -> None:
         """Refresh a few classes, in turn: a hint may be lost, or left over, without a trace. Raises Unavailable."""
         await self.load()
+        active = self._classes.active()
         if not self._sweep:
-            self._sweep.extend(self._classes.active())
-            self._sweep.extend(self._classes.ceased())
+            self._sweep.extend(active)
         self.mark(self._sweep.popleft() for _ in range(min(SWEPT_PER_TURN, len(self._sweep))))
+        # What is left of classes without ready jobs: no claim takes it, so only this takes it away.
+        with contextlib.suppress(QueueLostError):
+            self.mark(islice(set(await self._queue.classes()).difference(active), LEFTOVERS_PER_TURN))
 
     async def _refill(self, key: ClassKey) -> None:
         generation, cap = self._queue.generation, self._settings.cap

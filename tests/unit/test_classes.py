@@ -102,15 +102,6 @@ def test_many_unlike_offers_are_all_answered_right_and_not_all_remembered() -> N
     assert len(registry._fits[1]) <= MAX_REMEMBERED_OFFERS
 
 
-def test_ceased_classes_are_told_once() -> None:
-    registry = _learned()
-    registry.announce([_key(SMALL)])
-    registry.seen_empty(_key(SMALL), registry.announced(_key(SMALL)))
-    registry.seen_empty(_key(SMALL), registry.announced(_key(SMALL)))
-    assert registry.ceased() == [_key(SMALL)]
-    assert registry.ceased() == []
-
-
 _events = st.lists(st.tuples(st.sampled_from(["submit", "take", "look", "see"]), st.booleans()), max_size=60)
 
 
