@@ -139,7 +139,7 @@ class Client:
                 raise error_of(response.status, body)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable("unreachable", f"no answer from {self._url}: {error or type(error).__name__}") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Unavailable("bad_answer", f"{self._url} gave an answer that is not ours: {error}") from None
 
 
@@ -147,7 +147,7 @@ def error_of(status: int, body: bytes) -> CulmError:
     """The error of an answer that is not 200, of the kind that the router raised."""
     try:
         return error_from_body(msgspec.json.decode(body, type=_Envelope).error)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         if status >= 500:
             return Unavailable("bad_answer", f"HTTP {status}")
         return ClientFault("bad_answer", f"HTTP {status}", http_status=status)

@@ -93,7 +93,15 @@ class Orphans:
 
     def crossed(self, shard: str, verb: str, body: bytes, answer: bytes) -> None:
         """An answer came over the link for a caller that is gone."""
-        if verb == "get_job" and _ANSWER.decode(answer).jobs:
+        if verb != "get_job":
+            return
+        try:
+            n_jobs = len(_ANSWER.decode(answer).jobs)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            # We are inside the link's protocol: an exception would end the connection of all others.
+            log.warning("an unreadable answer of shard %s: %s", shard, error)
+            return
+        if n_jobs:
             call = _GET_JOB.decode(body)
             self._release(shard, call.request_id, call.subject)
 

@@ -77,7 +77,7 @@ class Verbs:
             decoder, use_case = entry
             try:
                 call = decoder.decode(body)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise ClientFault("bad_message", f"{verb}: {error}") from None
             return _ENCODER.encode(await use_case(call))
         except CulmError as error:

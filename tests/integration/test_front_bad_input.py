@@ -1,5 +1,6 @@
 """Whatever is sent to a router: a clear error each, nothing stored, and the next good request is served."""
 
+import asyncio
 import gzip
 import json
 import secrets
@@ -12,8 +13,9 @@ import pytest_asyncio
 
 from culm.ids import MAX_JOB_ID, job_id
 from culm.wire import MAX_BODY_BYTES, MAX_JOBS_PER_SUBMIT, SubmitRequest
+from router import dialects
 from tests.front import Reply, RunningFront, front
-from tests.partition import ADMIN, PILOT, QUEUE, Partition, Servers, job, partition
+from tests.partition import ADMIN, PILOT, QUEUE, USER, Partition, Servers, job, partition
 from tests.servers import Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -308,3 +310,21 @@ async def test_an_error_without_a_body_speaks_what_the_client_accepts(router: Ru
     reply = await router.send("GET", "/v1/nowhere", headers={"Accept": MSGPACK})
     assert reply.headers["Content-Type"] == MSGPACK
     await refused(reply, 404, "unknown_path")
+
+
+async def test_a_body_that_comes_by_drops_is_not_waited_for(
+    router: RunningFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialects, "READ_S", 0.1)
+    host, port = router.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/submit HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {router.token(USER)}\r\n"
+    writer.write(f"{head}Content-Type: {JSON}\r\nContent-Length: 1000\r\n\r\n{{".encode())
+    async with asyncio.timeout(20.0):
+        status = await reader.readline()
+        headers = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+        [size] = [int(line.split(": ")[1]) for line in headers if line.lower().startswith("content-length: ")]
+        body = await reader.readexactly(size)
+    assert status.startswith(b"HTTP/1.1 408")
+    assert msgspec.json.decode(body)["error"]["code"] == "body_too_slow"
+    writer.close()

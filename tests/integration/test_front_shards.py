@@ -1,18 +1,21 @@
-"""Two shards behind one router: what spans them, what is left when one is gone, slots that move."""
+"""One router over two shards: spread calls, a dead shard that holds up nobody else, moves that nobody sees."""
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
+import msgspec
 import pytest
 
-from culm.client import Client
-from culm.errors import ClientFault, CulmError, Unavailable
-from culm.ids import slot_of
+from culm.errors import Conflict, Unavailable
 from culm.states import State
 from culm.wire import (
     CancelRequest,
+    GetJobAnswer,
     GetJobRequest,
+    Grant,
     HeartbeatRequest,
     JobSpec,
     JobsQuery,
@@ -21,346 +24,258 @@ from culm.wire import (
     SubmitAnswer,
     SubmitRequest,
 )
-from router.registry import ChangedAnswer, SitesRequest
 from tests.front import RunningFront, front_over
-from tests.partition import ADMIN, PILOT, USER, Servers
-from tests.two_partitions import TwoPartitions, two_partitions
+from tests.partition import PILOT, USER, Servers
+from tests.two_partitions import NAMES, TwoPartitions, two_partitions
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
-SOON_S = 1.0
-"""A dead shard is said to be dead within this time."""
+AT_ONCE_S = 1.0
+"""A dead shard is said within so long."""
 
 
 @pytest.fixture
 async def pair(both: Servers) -> AsyncIterator[TwoPartitions]:
-    """Two shards."""
     async with two_partitions(both) as running:
         yield running
 
 
 @pytest.fixture
 async def router(pair: TwoPartitions) -> AsyncIterator[RunningFront]:
-    """A router over both."""
     async with front_over(pair.topology_dir) as running:
         yield running
 
 
-@pytest.fixture
-async def user(router: RunningFront) -> AsyncIterator[Client]:
-    """A user who asks once only."""
-    async with router.client(USER, patience_s=0) as client:
-        yield client
+def at(*sites: str) -> list[JobSpec]:
+    return [JobSpec(site=site, argv=["true"]) for site in sites]
 
 
-@pytest.fixture
-async def pilot(router: RunningFront) -> AsyncIterator[Client]:
-    """A pilot that asks once only."""
-    async with router.client(PILOT, patience_s=0) as client:
-        yield client
+async def submit(router: RunningFront, *sites: str, key: str = "") -> SubmitAnswer:
+    async with router.client(patience_s=0.0) as client:
+        return await client.submit(SubmitRequest(idempotency_key=key or secrets.token_hex(8), jobs=at(*sites)))
 
 
-def spread(n_jobs: int) -> list[JobSpec]:
-    """Jobs for both sites in turn."""
-    return [JobSpec(site=("BNL", "FZK")[n % 2], argv=["true"], name=f"n{n}") for n in range(n_jobs)]
+async def get_job(router: RunningFront, site: str, **changes: Any) -> GetJobAnswer:
+    values = {"request_id": secrets.token_hex(8), "queue": f"{site}-q", "pilot": PilotInfo(id="p1")}
+    async with router.client(PILOT, patience_s=0.0) as client:
+        return await client.get_job(GetJobRequest(**(values | changes)))
 
 
-def asking(site: str, wait_s: float = 0.0, request_id: str = "") -> GetJobRequest:
-    """A get_job for a site's computing queue."""
-    name = request_id or secrets.token_hex(8)
-    return GetJobRequest(request_id=name, queue=f"{site}-q", pilot=PilotInfo(id="p1"), wait_s=wait_s)
+async def partly(router: RunningFront, *sites: str, key: str) -> tuple[Unavailable, SubmitAnswer]:
+    with pytest.raises(Unavailable) as caught:
+        await submit(router, *sites, key=key)
+    answer = msgspec.convert(caught.value.details["answer"], SubmitAnswer)
+    return caught.value, answer
 
 
-async def stopped(router: RunningFront, pair: TwoPartitions, name: str) -> None:
-    """End a shard, and wait until the router has noticed."""
-    await pair.stop(name)
-    link = router.forward.links._links[name]
-    await eventually(lambda: not link.connected, DEADLINE_S, what=f"{name} is seen gone")
+async def linked(router: RunningFront, name: str) -> None:
+    await eventually(lambda: router.forward.links._links[name].connected, DEADLINE_S, what=f"{name} is linked")
 
 
-async def back(router: RunningFront, pair: TwoPartitions, name: str) -> None:
-    """Start a shard again, and wait until the router has found it."""
-    await pair.start(name)
-    assert await router.forward.links._links[name].wait_connected(DEADLINE_S)
+# --- both are up ----------------------------------------------------------------------------------------------------
 
 
-async def refused(call: "asyncio.Future[object] | asyncio.Task[object]", kind: type[CulmError]) -> CulmError:
-    """The error of a call, which came soon."""
-    async with asyncio.timeout(SOON_S):
-        with pytest.raises(kind) as caught:
-            await call
-    return caught.value
+async def test_a_call_is_spread_over_both_shards(router: RunningFront, pair: TwoPartitions) -> None:
+    answer = await submit(router, "BNL", "FZK", "BNL", "FZK", "FZK")
+    assert {name: (part.ok, part.n_jobs) for name, part in answer.shards.items()} == {
+        "us1": (True, 2),
+        "eu1": (True, 3),
+    }
+    assert [await pair.n_jobs(name) for name in NAMES] == [2, 3]
+    async with router.client() as client:
+        for identifier, site in zip(answer.ids, ("BNL", "FZK", "BNL", "FZK", "FZK"), strict=True):
+            assert identifier is not None
+            view = await client.job(identifier)
+            assert (view.job.site, view.job.jobset) == (site, answer.jobset)
 
 
-async def test_a_submit_is_spread_over_both_shards_in_the_callers_order(pair: TwoPartitions, user: Client) -> None:
-    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(10)))
-    ids = [identifier or 0 for identifier in answer.ids]
-    assert len(set(ids)) == 10
-    sites = [pair.topology.site_of_slot[slot_of(identifier)] for identifier in ids]
-    assert sites == ["BNL", "FZK"] * 5
-    assert {name: outcome.n_jobs for name, outcome in answer.shards.items()} == {"us1": 5, "eu1": 5}
-    assert [await pair.n_jobs("us1"), await pair.n_jobs("eu1")] == [5, 5]
-    assert [(await user.job(identifier)).job.name for identifier in ids] == [f"n{n}" for n in range(10)]
+async def test_a_repeat_gives_the_same_ids_and_stores_nothing(router: RunningFront, pair: TwoPartitions) -> None:
+    first = await submit(router, "BNL", "FZK", key="k")
+    assert await submit(router, "BNL", "FZK", key="k") == first
+    assert [await pair.n_jobs(name) for name in NAMES] == [1, 1]
 
 
-async def test_what_a_dead_shard_left_open_is_said_and_completed_by_the_repeat(
-    router: RunningFront, pair: TwoPartitions, user: Client
+async def test_a_key_reused_for_another_part_is_final_and_says_what_the_others_did(
+    router: RunningFront, pair: TwoPartitions
 ) -> None:
-    await stopped(router, pair, "eu1")
-    request = SubmitRequest(idempotency_key="k", jobs=spread(6))
-    error = await refused(asyncio.ensure_future(user.submit(request)), Unavailable)
-    assert (error.code, error.http_status) == ("partial_submit", 503)
-    so_far = error.details["answer"]
-    assert [identifier is not None for identifier in so_far["ids"]] == [True, False] * 3
-    assert so_far["shards"]["us1"] == {"ok": True, "n_jobs": 3, "error": None}
-    lost = so_far["shards"]["eu1"]
-    assert (lost["ok"], lost["n_jobs"], lost["error"]["code"], lost["error"]["retryable"]) == (
-        False, 3, "shard_down", True
-    )  # fmt: skip
-    assert await pair.n_jobs("us1") == 3
-    await back(router, pair, "eu1")
-    whole = await user.submit(request)
-    assert whole.ids[::2] == so_far["ids"][::2]
-    assert None not in whole.ids
-    assert whole.jobset == so_far["jobset"]
-    assert [await pair.n_jobs("us1"), await pair.n_jobs("eu1")] == [3, 3]
-    assert await user.submit(request) == whole
-
-
-async def test_a_call_for_a_dead_shard_alone_says_that_it_is_down(
-    router: RunningFront, pair: TwoPartitions, user: Client
-) -> None:
-    await stopped(router, pair, "eu1")
-    jobs = [JobSpec(site="FZK", argv=["true"])]
-    error = await refused(
-        asyncio.ensure_future(user.submit(SubmitRequest(idempotency_key="k", jobs=jobs))), Unavailable
-    )
-    assert error.code == "shard_down"
-
-
-async def test_a_submit_that_can_never_be_completed_is_not_worth_a_repeat(pair: TwoPartitions, user: Client) -> None:
-    """The key was used for another job at one of the shards: the other accepts, and the caller is told both."""
-    await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(site="FZK", argv=["false"])], jobset=5))
-    with pytest.raises(CulmError) as caught:
-        await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(2), jobset=5))
-    assert (caught.value.code, caught.value.http_status, caught.value.retryable) == ("key_reused", 409, False)
-    so_far = caught.value.details["answer"]
-    assert (so_far["shards"]["us1"]["ok"], so_far["shards"]["eu1"]["ok"]) == (True, False)
-
-
-async def test_a_dead_shards_sites_get_503_at_once_while_the_others_are_served(
-    router: RunningFront, pair: TwoPartitions, user: Client, pilot: Client
-) -> None:
-    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(4)))
-    await stopped(router, pair, "eu1")
-    error = await refused(asyncio.ensure_future(pilot.get_job(asking("FZK", wait_s=30.0))), Unavailable)
-    assert (error.code, error.http_status) == ("shard_down", 503)
-    assert error.retry_after_s is not None
-    assert 0 < error.retry_after_s <= 2
-    async with asyncio.timeout(SOON_S):
-        [grant] = (await pilot.get_job(asking("BNL"))).jobs
-    assert grant.id == answer.ids[0]
-    held = {"attempt": 1, "lease_token": "t"}
-    for call in (
-        pilot.heartbeat(HeartbeatRequest(id=answer.ids[1] or 0, **held, state=State.RUNNING)),
-        pilot.report(ReportRequest(id=answer.ids[1] or 0, **held, state=State.FINISHED)),
-        user.job(answer.ids[1] or 0),
-    ):
-        assert (await refused(asyncio.ensure_future(call), Unavailable)).code == "shard_down"
-    await back(router, pair, "eu1")
-    assert [grant.id for grant in (await pilot.get_job(asking("FZK"))).jobs] == [answer.ids[1]]
-
-
-async def test_a_shard_that_dies_while_a_pilot_waits_ends_the_wait(
-    router: RunningFront, pair: TwoPartitions, pilot: Client
-) -> None:
-    waiting = asyncio.ensure_future(pilot.get_job(asking("FZK", wait_s=50.0)))
-    link = router.forward.links._links["eu1"]
-    await eventually(lambda: link._connection is not None and link._connection.calls, DEADLINE_S, what="it waits")
-    await pair.stop("eu1")
-    async with asyncio.timeout(DEADLINE_S):
-        try:
-            assert (await waiting).jobs == []
-        except Unavailable as error:
-            assert error.code in {"shard_down", "outcome_unknown", "cancelled"}
-
-
-async def test_a_list_names_the_shard_that_gave_no_answer(
-    router: RunningFront, pair: TwoPartitions, user: Client
-) -> None:
-    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(4)))
-    await stopped(router, pair, "eu1")
-    page = await user.jobs(JobsQuery())
-    assert [row.id for row in page.jobs] == answer.ids[::2]
-    assert page.missing_shards == ["eu1"]
-    assert (await user.jobs(JobsQuery(site="BNL"))).missing_shards == []
-    assert (await user.jobs(JobsQuery(region="EU"))).missing_shards == ["eu1"]
-    await back(router, pair, "eu1")
-    page = await user.jobs(JobsQuery())
-    assert (sorted(answer.ids), page.missing_shards) == ([row.id for row in page.jobs], [])  # type: ignore[type-var]
+    await submit(router, "BNL", key="k")
+    with pytest.raises(Conflict) as caught:
+        await submit(router, "BNL", "BNL", "FZK", key="k")
+    assert caught.value.code == "key_reused"
+    answer = msgspec.convert(caught.value.details["answer"], SubmitAnswer)
+    assert answer.ids[:2] == [None, None]
+    assert answer.shards["eu1"].ok
+    assert [await pair.n_jobs(name) for name in NAMES] == [1, 1]
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 100])
-async def test_paging_over_shards_is_complete_and_stable_while_jobs_come(user: Client, limit: int) -> None:
-    first = await user.submit(SubmitRequest(idempotency_key="a", jobs=spread(10)))
+async def test_pages_over_both_shards_are_complete_and_in_order(router: RunningFront, limit: int) -> None:
+    ids = sorted(i for i in (await submit(router, *["BNL", "FZK", "UTA"] * 4)).ids if i is not None)
     seen: list[int] = []
-    after, n_pages = 0, 0
-    while True:
-        page = await user.jobs(JobsQuery(limit=limit, after=after))
-        assert len(page.jobs) <= limit
-        seen += [row.id for row in page.jobs]
-        n_pages += 1
-        if n_pages == 1:
-            await user.submit(SubmitRequest(idempotency_key="b", jobs=spread(4)))
-        if page.next is None:
-            break
-        after = page.next
-    assert seen == sorted(set(seen))
-    assert set(first.ids) <= set(seen)
+    after: int | None = 0
+    async with router.client() as client:
+        while after is not None:
+            page = await client.jobs(JobsQuery(limit=limit, after=after))
+            assert len(page.jobs) <= limit
+            seen += [row.id for row in page.jobs]
+            after = page.next
+    assert seen == ids
 
 
-async def test_a_cancel_says_unknown_where_no_answer_came(
-    router: RunningFront, pair: TwoPartitions, user: Client
-) -> None:
-    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(4)))
-    ids = [identifier or 0 for identifier in answer.ids]
-    await stopped(router, pair, "eu1")
-    ended = await user.cancel(CancelRequest(ids=ids))
-    assert {one.id: one.outcome for one in ended.jobs} == {
-        **dict.fromkeys(ids[::2], "cancelled"),
-        **dict.fromkeys(ids[1::2], "unknown"),
-    }
-    assert ended.missing_shards == ["eu1"]
-    of_jobset = await user.cancel(CancelRequest(jobset=answer.jobset))
-    assert ({one.id for one in of_jobset.jobs}, of_jobset.missing_shards) == (set(ids[::2]), ["eu1"])
-    await back(router, pair, "eu1")
-    of_jobset = await user.cancel(CancelRequest(jobset=answer.jobset))
-    assert {one.id: one.outcome for one in of_jobset.jobs} == {
-        **dict.fromkeys(ids[::2], "already_final"),
-        **dict.fromkeys(ids[1::2], "cancelled"),
-    }
+async def test_pages_stay_stable_while_jobs_come(router: RunningFront) -> None:
+    ids = {i for i in (await submit(router, *["BNL", "FZK"] * 5)).ids if i is not None}
+    seen: list[int] = []
+    after: int | None = 0
+    async with router.client() as client:
+        for _ in range(100):
+            page = await client.jobs(JobsQuery(limit=2, after=after))
+            seen += [row.id for row in page.jobs]
+            after = page.next
+            if after is None:
+                break
+            if len(seen) < 9:
+                await submit(router, "BNL", "FZK")
+    assert after is None
+    assert len(seen) == len(set(seen))
+    assert ids <= set(seen)
 
 
-async def test_a_child_may_live_on_another_shard_than_its_parent(user: Client) -> None:
-    [parent] = (await user.submit(SubmitRequest(idempotency_key="p", jobs=[JobSpec(site="BNL", argv=["x"])]))).ids
-    child = JobSpec(site="FZK", argv=["x"], parent_id=parent)
-    [identifier] = (await user.submit(SubmitRequest(idempotency_key="c", jobs=[child]))).ids
-    assert (await user.job(identifier or 0)).job.parent_id == parent
+async def test_lists_by_site_and_region_hold_those_jobs_only(router: RunningFront) -> None:
+    await submit(router, "BNL", "FZK", "FZK", "UTA")
+    async with router.client() as client:
+        assert [row.site for row in (await client.jobs(JobsQuery(site="FZK"))).jobs] == ["FZK", "FZK"]
+        assert [row.site for row in (await client.jobs(JobsQuery(region="BOTH"))).jobs] == ["UTA"]
 
 
-async def test_a_site_takes_its_own_jobs_before_those_of_its_region(user: Client, pilot: Client) -> None:
-    """Site UTA is on us1, the slot of its region BOTH on eu1: its pilots ask at home first, then there."""
-    jobs = [JobSpec(region="BOTH", argv=["x"]), JobSpec(site="UTA", argv=["x"]), JobSpec(region="BOTH", argv=["x"])]
-    of_region, of_site, second = (await user.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids
-    order = [[grant.id for grant in (await pilot.get_job(asking("UTA"))).jobs] for _ in range(4)]
-    assert order == [[of_site], [of_region], [second], []]
-
-
-async def test_a_pilot_of_two_shards_waits_at_home_and_is_woken_there(
-    router: RunningFront, user: Client, pilot: Client
-) -> None:
-    waiting = asyncio.ensure_future(pilot.get_job(asking("UTA", wait_s=30.0)))
-    link = router.forward.links._links["us1"]
-    await eventually(
-        lambda: link._connection is not None and {call.verb for call in link._connection.calls.values()},
-        DEADLINE_S,
-        what="it waits at home",
-    )
-    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(site="UTA", argv=["x"])]))
-    async with asyncio.timeout(DEADLINE_S):
-        assert [grant.id for grant in (await waiting).jobs] == answer.ids
-
-
-async def test_a_site_with_one_shard_down_is_served_by_the_other(
-    router: RunningFront, pair: TwoPartitions, user: Client, pilot: Client
-) -> None:
-    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(site="UTA", argv=["x"])]))
-    await stopped(router, pair, "eu1")
-    assert [grant.id for grant in (await pilot.get_job(asking("UTA"))).jobs] == answer.ids
-    # No work at home is not "no work": what the other shard has is not known.
-    error = await refused(asyncio.ensure_future(pilot.get_job(asking("UTA"))), Unavailable)
-    assert error.code == "shard_down"
-
-
-async def _reopen(pair: TwoPartitions, slot: int) -> None:
-    """The slot goes on at its shard with a newer epoch, as after a move away and back."""
-    pair.place(slot, "eu1")
-    epoch = pair.topology.slot(slot).epoch
-    await pair.rows("eu1", f"UPDATE slot SET epoch = {epoch} WHERE slot = {slot}")
-
-
-async def test_the_client_sees_nothing_of_an_epoch_that_the_router_did_not_know(
-    router: RunningFront, pair: TwoPartitions, user: Client, pilot: Client
-) -> None:
-    """Every verb in turn is the first to meet the new epoch, and is answered as if nothing was."""
-    slot = pair.topology.site("FZK").slots[0]
-
-    async def submitted(key: str) -> SubmitAnswer:
-        return await user.submit(SubmitRequest(idempotency_key=key, jobs=spread(2)))
-
-    await _reopen(pair, slot)
-    stale = router.forward.topology.slot(slot)
-    ids = [identifier or 0 for identifier in (await submitted("k")).ids]
-    assert router.forward.topology.slot(slot).epoch > stale.epoch
-    assert [await pair.n_jobs("us1"), await pair.n_jobs("eu1")] == [1, 1]
-    await _reopen(pair, slot)
-    [grant] = (await pilot.get_job(asking("FZK"))).jobs
-    held = {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
-    await _reopen(pair, slot)
-    assert (await pilot.heartbeat(HeartbeatRequest(**held, state=State.RUNNING))).state is State.RUNNING
-    await _reopen(pair, slot)
-    assert (await pilot.report(ReportRequest(**held, state=State.FINISHED))).state is State.FINISHED
-    [_, other] = (await submitted("l")).ids
-    await _reopen(pair, slot)
-    ended = await user.cancel(CancelRequest(ids=[ids[0], other or 0]))
-    assert {one.id: one.outcome for one in ended.jobs} == {ids[0]: "cancelled", other: "cancelled"}
+async def test_a_jobset_over_both_shards_is_cancelled_as_one(router: RunningFront) -> None:
+    answer = await submit(router, "BNL", "FZK", "FZK")
+    async with router.client() as client:
+        ended = await client.cancel(CancelRequest(jobset=answer.jobset))
+    assert {job.id: job.outcome for job in ended.jobs} == dict.fromkeys(answer.ids, "cancelled")
     assert ended.missing_shards == []
 
 
-async def test_a_slot_that_is_open_nowhere_is_a_retryable_error(
-    router: RunningFront, pair: TwoPartitions, user: Client
-) -> None:
-    """Fenced in a move: the client is asked to come again, and nothing is stored."""
-    slot = pair.topology.site("FZK").slots[0]
-    answer = await user.submit(SubmitRequest(idempotency_key="a", jobs=spread(2)))
-    await pair.rows("eu1", f"UPDATE slot SET state = 'fenced' WHERE slot = {slot}")
-    with pytest.raises(CulmError) as caught:
-        await user.submit(SubmitRequest(idempotency_key="b", jobs=spread(2)))
-    assert (caught.value.code, caught.value.retryable, caught.value.http_status) == ("moved", True, 503)
-    assert await pair.n_jobs("eu1") == 1
-    ids = [identifier or 0 for identifier in answer.ids]
-    ended = await user.cancel(CancelRequest(ids=ids))
-    assert {one.id: one.outcome for one in ended.jobs} == {ids[0]: "cancelled", ids[1]: "unknown"}
-    assert ended.missing_shards == ["eu1"]
-    await pair.rows("eu1", f"UPDATE slot SET state = 'open' WHERE slot = {slot}")
-    assert (await user.submit(SubmitRequest(idempotency_key="b", jobs=spread(2)))).ids
+async def test_a_pilot_finds_the_regions_jobs_on_the_other_shard(router: RunningFront) -> None:
+    async with router.client() as client:
+        jobs = [JobSpec(region="BOTH", argv=["true"])]
+        [identifier] = (await client.submit(SubmitRequest(idempotency_key="r", jobs=jobs))).ids
+    [grant] = (await get_job(router, "UTA", request_id="region-job")).jobs
+    assert grant.id == identifier
 
 
-async def test_a_site_is_known_to_every_router_as_soon_as_it_is_registered(
+# --- one is dead ----------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_call_did_is_said_per_shard_and_its_repeat_completes_it(
     router: RunningFront, pair: TwoPartitions
 ) -> None:
-    """A second router takes the submit, the first the job's whole life, and nobody waits for the topology's poll."""
-    site = [{"name": "NEW", "region": "EU", "queues": {"NEW-q": {}}}]
-    async with (
-        front_over(pair.topology_dir) as second,
-        router.client(ADMIN) as admin,
-        second.client(USER, patience_s=0) as user,
-        second.client(PILOT, patience_s=0) as elsewhere,
-        router.client(PILOT, patience_s=0) as pilot,
-        router.client(USER, patience_s=0) as reader,
-    ):
-        async with front_over(pair.topology_dir) as third, third.client(USER, patience_s=0) as late:
-            await admin.post("sites", SitesRequest(sites=site), ChangedAnswer)  # type: ignore[arg-type]
-            [identifier] = (
-                await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(site="NEW", argv=["x"])]))
-            ).ids
-            [grant] = (await elsewhere.get_job(asking("NEW"))).jobs
-            assert "NEW" not in router.forward.topology.sites
-            held = {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
-            assert (await pilot.heartbeat(HeartbeatRequest(**held, state=State.RUNNING))).state is State.RUNNING
-            assert (await pilot.report(ReportRequest(**held, state=State.FINISHED))).state is State.FINISHED
-            assert (await reader.job(identifier or 0)).job.site == "NEW"
-            assert "NEW" not in third.forward.topology.sites
-            assert [row.id for row in (await late.jobs(JobsQuery(site="NEW"))).jobs] == [identifier]
-        with pytest.raises(ClientFault):
-            await reader.jobs(JobsQuery(site="NEVER"))
+    await pair.stop("eu1")
+    error, answer = await partly(router, "BNL", "FZK", "BNL", key="k")
+    assert (error.code, error.http_status) == ("partial_submit", 503)
+    assert error.retry_after_s
+    assert answer.shards["us1"].ok
+    said = answer.shards["eu1"].error
+    assert said is not None
+    assert said.retryable
+    assert answer.ids[1] is None
+    assert None not in {answer.ids[0], answer.ids[2]}
+    await pair.start("eu1")
+    await linked(router, "eu1")
+    whole = await submit(router, "BNL", "FZK", "BNL", key="k")
+    assert (whole.ids[0], whole.ids[2], whole.jobset) == (answer.ids[0], answer.ids[2], answer.jobset)
+    assert whole.ids[1] is not None
+    assert [await pair.n_jobs(name) for name in NAMES] == [2, 1]
+
+
+async def test_a_client_with_patience_sees_no_partial_call(router: RunningFront, pair: TwoPartitions) -> None:
+    await pair.stop("eu1")
+    async with router.client(patience_s=DEADLINE_S) as client:
+        call = SubmitRequest(idempotency_key="k", jobs=at("BNL", "FZK"))
+        asking = asyncio.create_task(client.submit(call))
+        await eventually(lambda: _holds(pair, "us1", 1), DEADLINE_S, what="the first part is there")
+        await pair.start("eu1")
+        answer = await asking
+    assert None not in answer.ids
+    assert [await pair.n_jobs(name) for name in NAMES] == [1, 1]
+
+
+async def _holds(pair: TwoPartitions, name: str, n_jobs: int) -> bool:
+    return await pair.n_jobs(name) == n_jobs
+
+
+async def test_a_dead_shard_is_said_at_once_while_the_other_serves(router: RunningFront, pair: TwoPartitions) -> None:
+    await submit(router, "BNL")
+    await pair.stop("eu1")
+    body = msgspec.json.encode(GetJobRequest(request_id="12345678", queue="FZK-q", pilot=PilotInfo(id="p"), wait_s=30))
+    began = time.monotonic()
+    reply = await router.send("POST", "/v1/get_job", body, token=router.token(PILOT))
+    assert time.monotonic() - began < AT_ONCE_S
+    assert reply.status == 503
+    assert reply.code in {"shard_down", "outcome_unknown"}
+    assert int(reply.headers["Retry-After"]) >= 1
+    assert len((await get_job(router, "BNL")).jobs) == 1
+    assert (await submit(router, "BNL")).ids[0] is not None
+
+
+async def test_lists_and_cancels_name_the_shard_that_is_missing(router: RunningFront, pair: TwoPartitions) -> None:
+    answer = await submit(router, "BNL", "FZK")
+    bnl, fzk = [identifier for identifier in answer.ids if identifier is not None]
+    await pair.stop("eu1")
+    async with router.client(patience_s=0.0) as client:
+        page = await client.jobs(JobsQuery())
+        assert ([row.id for row in page.jobs], page.missing_shards) == ([bnl], ["eu1"])
+        assert (await client.jobs(JobsQuery(site="BNL"))).missing_shards == []
+        ended = await client.cancel(CancelRequest(ids=[bnl, fzk]))
+        assert {job.id: job.outcome for job in ended.jobs} == {bnl: "cancelled", fzk: "unknown"}
+        assert ended.missing_shards == ["eu1"]
+        with pytest.raises(Unavailable):
+            await client.job(fzk)
+
+
+# --- slots that move ------------------------------------------------------------------------------------------------
+
+
+async def _reopened(pair: TwoPartitions, site: str) -> None:
+    """The slot of a site is at a newer epoch, which the router has not heard of."""
+    topology = pair.topology
+    slot = topology.site(site).slots[0]
+    pair.place(slot, topology.place(slot).shard)
+    epoch = pair.topology.place(slot).epoch
+    await pair.rows(topology.place(slot).shard, f"UPDATE slot SET epoch = {epoch} WHERE slot = {slot}")
+
+
+def _held(grant: Grant) -> dict[str, Any]:
+    return {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
+
+
+async def test_no_verb_notices_that_its_slot_was_opened_anew(router: RunningFront, pair: TwoPartitions) -> None:
+    await submit(router, "FZK")
+    await _reopened(pair, "FZK")
+    await submit(router, "BNL", "FZK", "FZK")
+    await _reopened(pair, "FZK")
+    [grant] = (await get_job(router, "FZK")).jobs
+    async with router.client(PILOT, patience_s=0.0) as pilot, router.client(patience_s=0.0) as user:
+        await _reopened(pair, "FZK")
+        request = HeartbeatRequest(**_held(grant), state=State.RUNNING)
+        assert (await pilot.heartbeat(request)).state is State.RUNNING
+        await _reopened(pair, "FZK")
+        assert (await pilot.report(ReportRequest(**_held(grant), state=State.FINISHED))).state is State.FINISHED
+        await _reopened(pair, "FZK")
+        assert (await user.job(grant.id)).job.state is State.FINISHED
+        left = [row.id for row in (await user.jobs(JobsQuery(state=State.ACTIVATED, site="FZK"))).jobs]
+        assert len(left) == 2
+        await _reopened(pair, "FZK")
+        ended = await user.cancel(CancelRequest(ids=left))
+        assert [(job.id, job.outcome) for job in ended.jobs] == [(identifier, "cancelled") for identifier in left]
+
+
+async def test_a_slot_that_went_to_the_other_shard_is_found_there(router: RunningFront, pair: TwoPartitions) -> None:
+    slot = pair.topology.region("BOTH").slot
+    assert pair.topology.place(slot).shard == "eu1"
+    await pair.rows("eu1", f"UPDATE slot SET state = 'moved' WHERE slot = {slot}")
+    pair.place(slot, "us1")
+    async with router.client(USER, patience_s=0.0) as client:
+        jobs = [JobSpec(region="BOTH", argv=["true"])]
+        answer = await client.submit(SubmitRequest(idempotency_key="moved", jobs=jobs))
+    assert list(answer.shards) == ["us1"]
+    assert [await pair.n_jobs(name) for name in NAMES] == [1, 0]

@@ -1,0 +1,142 @@
+"""What a router and a monitor make of the answers of several shards."""
+
+import msgspec
+import pytest
+
+from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.states import State
+from culm.topology import Placement, Queue, Region, Section, Shard, Site, Topology
+from culm.wire import JobSpec, ShardCountsAnswer, ShardSubmitAnswer, SlotCount, SlotJobs, SlotRef, SubmitAnswer
+from monitor_api.merge import UNPLACED, Heard, merge
+from router.resolve import ShardPart
+from router.submit import _merge
+
+DOWN = Unavailable("shard_down", "gone", retry_after_s=3.0)
+
+
+def part(shard: str, *places: list[int]) -> ShardPart:
+    """A part with these places per slot."""
+    jobs = [SlotJobs(at=SlotRef(n, 1), specs=[JobSpec(argv=["x"])] * len(some)) for n, some in enumerate(places)]
+    return ShardPart(shard, places=list(places), slots=jobs)
+
+
+def accepted(*first_ids: int) -> ShardSubmitAnswer:
+    return ShardSubmitAnswer(first_ids=list(first_ids))
+
+
+# --- submit ---------------------------------------------------------------------------------------------------------
+
+
+def test_ids_return_to_the_places_of_their_jobs() -> None:
+    done = [(part("a", [0, 3], [5]), accepted(100, 200)), (part("b", [1, 2, 4]), accepted(900))]
+    merged = _merge(6, 7, list(done))
+    assert merged.ids == [100, 900, 901, 101, 902, 200]
+    assert merged.jobset == 7
+    assert {name: (one.ok, one.n_jobs, one.error) for name, one in merged.shards.items()} == {
+        "a": (True, 3, None),
+        "b": (True, 3, None),
+    }
+
+
+def failing(*answers: ShardSubmitAnswer | CulmError) -> CulmError:
+    """The error of a call of one job per shard."""
+    with pytest.raises(CulmError) as caught:
+        _merge(len(answers), 7, [(part(f"s{n}", [n]), answer) for n, answer in enumerate(answers)])
+    return caught.value
+
+
+def test_a_part_without_an_answer_is_said_and_may_be_repeated() -> None:
+    error = failing(accepted(100), DOWN)
+    assert (error.code, error.retryable, error.retry_after_s) == ("partial_submit", True, 3.0)
+    answer = error.details["answer"]
+    assert isinstance(answer, SubmitAnswer)
+    assert answer.ids == [100, None]
+    assert (answer.shards["s0"].ok, answer.shards["s1"].ok) == (True, False)
+    assert answer.shards["s1"].error is not None
+    assert answer.shards["s1"].error.code == "shard_down"
+
+
+def test_no_part_with_an_answer_is_said_per_shard_too() -> None:
+    error = failing(DOWN, Unavailable("deadline", "late", retry_after_s=1.0))
+    assert (error.code, error.retry_after_s) == ("partial_submit", 3.0)
+    assert error.details["answer"].ids == [None, None]
+
+
+@pytest.mark.parametrize("only", [DOWN, Conflict("key_reused", "x"), ClientFault("too_deep", "x"), Moved(1, 2)])
+def test_the_error_of_the_only_shard_is_the_calls(only: CulmError) -> None:
+    assert failing(only) is only
+
+
+@pytest.mark.parametrize(
+    "final", [Conflict("key_reused", "x"), ClientFault("unknown_parent", "x", http_status=404), Bug("x")]
+)
+def test_an_error_for_good_is_not_worth_a_repeat_whatever_the_others_say(final: CulmError) -> None:
+    for others in ([accepted(100), final], [DOWN, final], [final, accepted(100), DOWN]):
+        error = failing(*others)
+        assert (error.code, error.retryable) == (final.code, False)
+        assert len(error.details["answer"].ids) == len(others)
+
+
+def test_a_moved_slot_is_for_the_router_to_correct_first() -> None:
+    for others in ([accepted(100)], [DOWN], [Conflict("key_reused", "x")]):
+        assert isinstance(failing(*others, Moved(1, 2)), Moved)
+
+
+def test_what_is_said_of_a_partial_submit_can_be_sent() -> None:
+    body = msgspec.json.decode(msgspec.json.encode(failing(accepted(100), DOWN).details))
+    assert body["answer"]["ids"] == [100, None]
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+
+def topology() -> Topology:
+    section = Section(
+        authority="central",
+        epoch=1,
+        shards={"a": Shard(link="unix:/a"), "b": Shard(link="unix:/b")},
+        regions={"US": Region(slot=0, shards=["a"])},
+        sites={"BNL": Site(region="US", slots=[5, 6], queues={"q": Queue()})},
+        placement={0: Placement("a", 1), 5: Placement("a", 1), 6: Placement("b", 1)},
+    )
+    return Topology([section])
+
+
+def heard(at: float, **counts: int) -> Heard:
+    """Counts like `activated_5=3`: state, slot, jobs."""
+    rows = [
+        SlotCount(slot=int(name.partition("_")[2]), state=State(name.partition("_")[0]), n_jobs=n)
+        for name, n in counts.items()
+    ]
+    return Heard(ShardCountsAnswer(shard="x", at=0.0, counts=rows), at)
+
+
+def test_counts_are_the_sum_over_shards_by_state_region_and_site() -> None:
+    answers = {"a": heard(9.0, activated_0=2, activated_5=3, finished_5=1), "b": heard(9.5, activated_6=10)}
+    merged = merge(topology(), answers, [], 10.0)
+    assert merged.total == {"activated": 15, "finished": 1}
+    assert merged.by_region == {"US": {"activated": 15, "finished": 1}}
+    assert merged.by_site == {"(any site of US)": {"activated": 2}, "BNL": {"activated": 13, "finished": 1}}
+    assert (merged.shards, merged.missing_shards) == ({"a": 1.0, "b": 0.5}, [])
+
+
+def test_a_missing_shard_is_named_and_shown_as_last_heard() -> None:
+    merged = merge(topology(), {"a": heard(10.0, running_5=1), "b": heard(4.0, running_6=7)}, ["b"], 10.0)
+    assert merged.total == {"running": 8}
+    assert (merged.shards["b"], merged.missing_shards) == (6.0, ["b"])
+
+
+def test_a_shard_that_never_answered_is_named_and_not_counted_as_zero() -> None:
+    merged = merge(topology(), {"a": heard(10.0)}, ["b"], 10.0)
+    assert (merged.total, merged.missing_shards, "b" in merged.shards) == ({}, ["b"], False)
+
+
+def test_jobs_of_a_slot_that_the_topology_does_not_know_are_not_lost() -> None:
+    merged = merge(topology(), {"a": heard(1.0, failed_99=4)}, [], 1.0)
+    assert merged.total == {"failed": 4}
+    assert merged.by_region == {UNPLACED: {"failed": 4}}
+
+
+def test_nothing_heard_is_an_empty_view() -> None:
+    merged = merge(topology(), {}, ["b", "a"], 1.0)
+    assert (merged.total, merged.by_region, merged.by_site, merged.missing_shards) == ({}, {}, {}, ["a", "b"])
