@@ -25,7 +25,7 @@ from culm.wire import (
     ReportRequest,
     SubmitRequest,
 )
-from router import dialects, pilots, registry, users
+from router import dialects, door, pilots, registry, users
 from router.forward import Forward
 from router.submit import submit
 
@@ -80,7 +80,7 @@ class Front:
             response = dialects.encode(dialect, dialects.grants_in(dialect, answer))
             await response.prepare(request)
             await response.write_eof()
-            written = request.transport is not None and not request.transport.is_closing()
+            written = not door.has_hung_up(request.transport)
         finally:
             if answer.jobs and not written:
                 self.orphans.unsent(self._shards_of(answer), principal, message)

@@ -1,6 +1,7 @@
 """The listening socket of a worker, with a bound on the connections behind it."""
 
 import asyncio
+import select
 import socket
 from typing import Final
 
@@ -35,6 +36,15 @@ async def listen(runner: web.AppRunner, at: socket.socket, max_connections: int)
         return server() if len(server.connections) < max_connections else _Refusal()
 
     return await asyncio.get_running_loop().create_server(next_protocol, sock=at, backlog=BACKLOG)
+
+
+def has_hung_up(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether the client is gone, as the kernel knows it now: the event loop hears of it some turns later."""
+    if transport is None or transport.is_closing():
+        return True
+    watched = select.poll()
+    watched.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+    return bool(watched.poll(0))
 
 
 class _Refusal(asyncio.Protocol):
