@@ -453,3 +453,10 @@ async def test_the_pilot_is_no_child_of_the_environment(node: Node) -> None:
         del os.environ["CULM_TEST_SECRET"]
     assert "PATH=" in report.stdout_tail
     assert "hidden" not in report.stdout_tail
+
+
+async def test_a_pilot_asks_at_least_once_however_little_idleness_it_is_allowed(node: Node) -> None:
+    """Clearing up after another one may take longer than that, and may be what made the job ready."""
+    [identifier] = await node.shard.submit(job())
+    assert await node.run("--idle-exit", "0.000001") == 0
+    assert await node.shard.state(identifier) is State.FINISHED
