@@ -1,5 +1,6 @@
 """The pilot as a real process against a router, a shard and a real database: what becomes of its jobs."""
 
+import json
 import os
 import signal
 import sys
@@ -206,6 +207,22 @@ async def test_a_job_whose_grant_was_on_its_way_to_a_pilot_told_to_go_is_given_b
     assert node.folders() == []
 
 
+async def test_a_job_given_back_twice_is_given_back_once(node: Node) -> None:
+    [identifier] = await node.shard.submit(job(argv=[], shell="sleep 600"))
+    with node.pilot() as pilot:
+        await node.reaches(identifier, State.RUNNING)
+        node.cable.swallow = {"report"}
+        pilot.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: len(node.cable.requests("report")) >= 2, DEADLINE_S, what="it gives back twice")
+        # The next one has it before the first knows that it was heard.
+        [grant] = await node.shard.get()
+        node.cable.swallow = set()
+        assert await pilot.ends() == 143
+    view = await node.shard.job(identifier)
+    assert (view.job.state, view.job.attempt, grant.attempt) == (State.SENT, 2, 2)
+    assert node.folders() == []
+
+
 async def test_told_to_go_while_it_reports_it_reports_once_more(node: Node) -> None:
     [identifier] = await node.shard.submit(job())
     node.cable.cut = {"report"}
@@ -319,6 +336,41 @@ async def test_an_outcome_that_nobody_wants_any_more_does_not_hold_up_the_next_p
     assert await node.run(*ONE) == 0
     assert await node.shard.state(other) is State.FINISHED
     assert await node.shard.state(identifier) in {State.STARTING, State.RUNNING}
+    assert node.folders() == []
+
+
+async def test_leftovers_that_cannot_be_reported_now_are_kept_and_hold_nobody_up(node: Node) -> None:
+    ids = await node.shard.submit(job(), job())
+    folders = sorted(f"{identifier}.1" for identifier in ids)
+    node.cable.cut = {"report"}
+    with node.pilot() as a, node.pilot() as b:
+        await eventually(lambda: all(map(node.has_outcome, folders)), DEADLINE_S, what="both payloads have ended")
+        await a.killed()
+        await b.killed()
+    node.token_file.write_text("rubbish", encoding="utf-8")
+    node.cable.cut = set()
+    assert await node.run() == 5
+    assert set(folders) <= set(node.folders())
+    node.router.token_file()
+    assert await node.run("--idle-exit", "0.1") == 0
+    assert [await node.shard.state(identifier) for identifier in ids] == [State.FINISHED, State.FINISHED]
+    assert node.folders() == []
+
+
+async def test_an_outcome_that_no_router_understands_is_reported_without_its_trimmings(node: Node) -> None:
+    [identifier] = await node.shard.submit(job())
+    node.cable.cut = {"report"}
+    with node.pilot() as first:
+        await eventually(lambda: node.cable.refused, DEADLINE_S, what="it tries to report")
+        await first.killed()
+    node.cable.cut = set()
+    path = node.work / f"{identifier}.1" / "journal.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["outcome"]["of_a_newer_pilot"] = True
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert await node.run("--idle-exit", "0.1") == 0
+    [report] = (await node.shard.job(identifier)).reports
+    assert (report.state, report.exit_code) == (State.FINISHED, 0)
     assert node.folders() == []
 
 
