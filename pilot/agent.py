@@ -86,9 +86,13 @@ class Agent:
         except OSError as error:
             _say(f"cannot work here: {error}")
             return UNUSABLE
-        if self._question is not None:
-            self._question.close()
-        return DONE
+        else:
+            self._answered()
+            return DONE
+        finally:
+            if self._question is not None:
+                # It may have been granted something: the next pilot asks again.
+                self._question.leave()
 
     def _loop(self) -> None:
         plan = self._plan
