@@ -442,6 +442,19 @@ async def test_a_node_that_cannot_hold_a_job_gives_it_back_and_ends(node: Node) 
     assert _events(await node.shard.job(identifier)) == [Event.SUBMIT_READY, Event.CLAIM, Event.RELEASE]
 
 
+async def test_jobs_granted_beyond_the_one_it_runs_are_given_back_at_once(node: Node) -> None:
+    ids = await node.shard.submit(job(argv=[], shell="until test -e ../../../go; do sleep 0.05; done"), job(), job())
+    node.cable.n_jobs = 3
+    with node.pilot(*ONE) as pilot:
+        await node.reaches(ids[0], State.RUNNING)
+        for identifier in ids[1:]:
+            assert _events(await node.reaches(identifier, State.ACTIVATED))[-2:] == [Event.CLAIM, Event.RELEASE]
+        (node.work.parent / "go").touch()
+        assert await pilot.ends() == 0
+    assert await node.shard.state(ids[0]) is State.FINISHED
+    assert node.folders() == []
+
+
 async def test_a_renewed_token_is_used(node: Node) -> None:
     [identifier] = await node.shard.submit(job(argv=[], shell="until test -e ../../../go; do sleep 0.05; done"))
     good = node.token_file.read_text(encoding="utf-8")
