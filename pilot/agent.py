@@ -86,26 +86,30 @@ class Agent:
         except OSError as error:
             _say(f"cannot work here: {error}")
             return UNUSABLE
-        if self._question is not None:
-            self._question.close()
-        return DONE
+        else:
+            self._answered()
+            return DONE
+        finally:
+            if self._question is not None:
+                # It may have been granted something: the next pilot asks again.
+                self._question.leave()
 
     def _loop(self) -> None:
         plan = self._plan
         n_jobs, idle_since = 0, time.monotonic()
         while not plan.max_jobs or n_jobs < plan.max_jobs:
             self._clear_up()
-            idle_s = time.monotonic() - idle_since
-            if plan.idle_exit_s and idle_s >= plan.idle_exit_s:
-                return
-            wait_s = min(plan.wait_s, plan.idle_exit_s - idle_s) if plan.idle_exit_s else plan.wait_s
             asked_at = time.monotonic()
+            idle_left_s = max(0.0, idle_since + plan.idle_exit_s - asked_at)
+            wait_s = min(plan.wait_s, idle_left_s) if plan.idle_exit_s else plan.wait_s
             held = self._get(wait_s)
-            if held is None:
+            if held is not None:
+                self._do(*held)
+                n_jobs, idle_since, self._n_empty = n_jobs + 1, time.monotonic(), 0
+            elif plan.idle_exit_s and time.monotonic() - idle_since >= plan.idle_exit_s:
+                return
+            else:
                 self._pause(time.monotonic() - asked_at, wait_s)
-                continue
-            self._do(*held)
-            n_jobs, idle_since, self._n_empty = n_jobs + 1, time.monotonic(), 0
 
     def _pause(self, waited_s: float, wait_s: float) -> None:
         """After an empty answer: none if it was waited for, else longer every time."""

@@ -31,6 +31,8 @@ class Cable:
     """Verbs whose requests reach the router, and whose answers get lost."""
     cut: set[str] = field(default_factory=set)
     """Verbs that do not reach the router."""
+    n_jobs: int = 1
+    """How many jobs a get_job asks for, whatever the client wrote."""
     refused: list[str] = field(default_factory=list)
     """The verbs that were cut, one for each try."""
     asked: list[str] = field(default_factory=list)
@@ -57,6 +59,10 @@ class Cable:
             self.refused.append(verb)
             return
         self.asked.append(verb)
+        if verb == "get_job" and self.n_jobs > 1:
+            wider = json.dumps(json.loads(body) | {"n_jobs": self.n_jobs}).encode()
+            head = head.replace(b": %d\r\n" % len(body), b": %d\r\n" % len(wider))
+            body = wider
         answer = await self._ask(head + body, reader)
         if answer is None:
             return

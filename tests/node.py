@@ -74,6 +74,11 @@ class Node:
         """The folders of attempts and questions that are there."""
         return sorted(path.name for path in self.work.iterdir() if path.is_dir())
 
+    def has_outcome(self, folder: str) -> bool:
+        """Whether the journal of an attempt says how it ended."""
+        path = self.work / folder / "journal.json"
+        return path.exists() and '"outcome"' in path.read_text(encoding="utf-8")
+
 
 @dataclass
 class Pilot:

@@ -1,5 +1,6 @@
 """The pilot as a real process against a router, a shard and a real database: what becomes of its jobs."""
 
+import json
 import os
 import signal
 import sys
@@ -206,6 +207,22 @@ async def test_a_job_whose_grant_was_on_its_way_to_a_pilot_told_to_go_is_given_b
     assert node.folders() == []
 
 
+async def test_a_job_given_back_twice_is_given_back_once(node: Node) -> None:
+    [identifier] = await node.shard.submit(job(argv=[], shell="sleep 600"))
+    with node.pilot() as pilot:
+        await node.reaches(identifier, State.RUNNING)
+        node.cable.swallow = {"report"}
+        pilot.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: len(node.cable.requests("report")) >= 2, DEADLINE_S, what="it gives back twice")
+        # The next one has it before the first knows that it was heard.
+        [grant] = await node.shard.get()
+        node.cable.swallow = set()
+        assert await pilot.ends() == 143
+    view = await node.shard.job(identifier)
+    assert (view.job.state, view.job.attempt, grant.attempt) == (State.SENT, 2, 2)
+    assert node.folders() == []
+
+
 async def test_told_to_go_while_it_reports_it_reports_once_more(node: Node) -> None:
     [identifier] = await node.shard.submit(job())
     node.cable.cut = {"report"}
@@ -322,6 +339,41 @@ async def test_an_outcome_that_nobody_wants_any_more_does_not_hold_up_the_next_p
     assert node.folders() == []
 
 
+async def test_leftovers_that_cannot_be_reported_now_are_kept_and_hold_nobody_up(node: Node) -> None:
+    ids = await node.shard.submit(job(), job())
+    folders = sorted(f"{identifier}.1" for identifier in ids)
+    node.cable.cut = {"report"}
+    with node.pilot() as a, node.pilot() as b:
+        await eventually(lambda: all(map(node.has_outcome, folders)), DEADLINE_S, what="both payloads have ended")
+        await a.killed()
+        await b.killed()
+    node.token_file.write_text("rubbish", encoding="utf-8")
+    node.cable.cut = set()
+    assert await node.run() == 5
+    assert set(folders) <= set(node.folders())
+    node.router.token_file()
+    assert await node.run("--idle-exit", "0.1") == 0
+    assert [await node.shard.state(identifier) for identifier in ids] == [State.FINISHED, State.FINISHED]
+    assert node.folders() == []
+
+
+async def test_an_outcome_that_no_router_understands_is_reported_without_its_trimmings(node: Node) -> None:
+    [identifier] = await node.shard.submit(job())
+    node.cable.cut = {"report"}
+    with node.pilot() as first:
+        await eventually(lambda: node.cable.refused, DEADLINE_S, what="it tries to report")
+        await first.killed()
+    node.cable.cut = set()
+    path = node.work / f"{identifier}.1" / "journal.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["outcome"]["of_a_newer_pilot"] = True
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert await node.run("--idle-exit", "0.1") == 0
+    [report] = (await node.shard.job(identifier)).reports
+    assert (report.state, report.exit_code) == (State.FINISHED, 0)
+    assert node.folders() == []
+
+
 async def test_a_live_pilots_folder_is_left_alone(node: Node) -> None:
     [held] = await node.shard.submit(job(argv=[], shell="until test -e ../../../go; do sleep 0.05; done; cat mine"))
     with node.pilot(*ONE) as first:
@@ -390,6 +442,19 @@ async def test_a_node_that_cannot_hold_a_job_gives_it_back_and_ends(node: Node) 
     assert _events(await node.shard.job(identifier)) == [Event.SUBMIT_READY, Event.CLAIM, Event.RELEASE]
 
 
+async def test_jobs_granted_beyond_the_one_it_runs_are_given_back_at_once(node: Node) -> None:
+    ids = await node.shard.submit(job(argv=[], shell="until test -e ../../../go; do sleep 0.05; done"), job(), job())
+    node.cable.n_jobs = 3
+    with node.pilot(*ONE) as pilot:
+        await node.reaches(ids[0], State.RUNNING)
+        for identifier in ids[1:]:
+            assert _events(await node.reaches(identifier, State.ACTIVATED))[-2:] == [Event.CLAIM, Event.RELEASE]
+        (node.work.parent / "go").touch()
+        assert await pilot.ends() == 0
+    assert await node.shard.state(ids[0]) is State.FINISHED
+    assert node.folders() == []
+
+
 async def test_a_renewed_token_is_used(node: Node) -> None:
     [identifier] = await node.shard.submit(job(argv=[], shell="until test -e ../../../go; do sleep 0.05; done"))
     good = node.token_file.read_text(encoding="utf-8")
@@ -453,3 +518,10 @@ async def test_the_pilot_is_no_child_of_the_environment(node: Node) -> None:
         del os.environ["CULM_TEST_SECRET"]
     assert "PATH=" in report.stdout_tail
     assert "hidden" not in report.stdout_tail
+
+
+async def test_a_pilot_asks_at_least_once_however_little_idleness_it_is_allowed(node: Node) -> None:
+    """Clearing up after another one may take longer than that, and may be what made the job ready."""
+    [identifier] = await node.shard.submit(job())
+    assert await node.run("--idle-exit", "0.000001") == 0
+    assert await node.shard.state(identifier) is State.FINISHED
