@@ -36,6 +36,7 @@ def authority(folder: Path, name: str) -> Authority:
     builder = _builder(subject, subject, key.public_key())
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(usage, critical=True)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     _write(folder / f"{name}.pem", builder.sign(key, hashes.SHA256()))
     return Authority(subject, key)
 
@@ -45,6 +46,9 @@ def certificate(folder: Path, name: str, issuer: Authority) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder(_name(name), issuer.name, key.public_key())
     builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    # Python 3.13 verifies strictly: RFC 5280 wants the key of the authority named.
+    issued_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key())
+    builder = builder.add_extension(issued_by, critical=False)
     _write(folder / f"{name}.pem", builder.sign(issuer.key, hashes.SHA256()))
     (folder / f"{name}.key").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

@@ -52,9 +52,9 @@ async def test_a_killed_pilots_job_is_activated_after_the_lease_and_finishes(run
         with pilot(running, QUEUE, folder / "b", "--heartbeat", "0.5"):
             view = await _reaches(user, identifier, State.FINISHED)
     events = [event.event.value for event in view.history]
-    assert events.count("claim") == 2
     assert "expire" in events
-    assert view.job.attempt == 2
+    # Two, unless a busy machine was late with a heartbeat of the second pilot too.
+    assert view.job.attempt == events.count("claim") >= 2
     assert await asyncio.to_thread(running.audit) == []
     _end_orphans(folder)
 
