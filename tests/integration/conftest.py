@@ -6,7 +6,9 @@ import pytest
 
 from ops.engines import innodb
 from tests import servers
+from tests.front import RunningFront, front_over
 from tests.partition import Partition, Servers, partition
+from tests.two_partitions import TwoPartitions, two_partitions
 
 
 @pytest.fixture(scope="session")
@@ -33,4 +35,18 @@ def both(mariadb: servers.Server, valkey: servers.Server) -> Servers:
 async def shard(both: Servers) -> AsyncIterator[Partition]:
     """A shard with one site, BNL."""
     async with partition(both) as running:
+        yield running
+
+
+@pytest.fixture
+async def pair(both: Servers) -> AsyncIterator[TwoPartitions]:
+    """Two shards."""
+    async with two_partitions(both) as running:
+        yield running
+
+
+@pytest.fixture
+async def router(pair: TwoPartitions) -> AsyncIterator[RunningFront]:
+    """A router over both."""
+    async with front_over(pair.topology_dir) as running:
         yield running

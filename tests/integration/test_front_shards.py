@@ -2,48 +2,31 @@
 
 import asyncio
 import secrets
-import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import pytest
 
 from culm.errors import Conflict, Unavailable
-from culm.states import State
 from culm.wire import (
     CancelRequest,
     GetJobAnswer,
     GetJobRequest,
     Grant,
-    HeartbeatRequest,
     JobSpec,
     JobsQuery,
     PilotInfo,
-    ReportRequest,
     SubmitAnswer,
     SubmitRequest,
 )
-from tests.front import RunningFront, front_over
-from tests.partition import PILOT, USER, Servers
-from tests.two_partitions import NAMES, TwoPartitions, two_partitions
+from tests.front import RunningFront
+from tests.partition import PILOT, USER
+from tests.two_partitions import NAMES, TwoPartitions
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
 AT_ONCE_S = 1.0
 """A dead shard is said within so long."""
-
-
-@pytest.fixture
-async def pair(both: Servers) -> AsyncIterator[TwoPartitions]:
-    async with two_partitions(both) as running:
-        yield running
-
-
-@pytest.fixture
-async def router(pair: TwoPartitions) -> AsyncIterator[RunningFront]:
-    async with front_over(pair.topology_dir) as running:
-        yield running
 
 
 def at(*sites: str) -> list[JobSpec]:
@@ -75,20 +58,6 @@ async def linked(router: RunningFront, name: str) -> None:
 # --- both are up ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_call_is_spread_over_both_shards(router: RunningFront, pair: TwoPartitions) -> None:
-    answer = await submit(router, "BNL", "FZK", "BNL", "FZK", "FZK")
-    assert {name: (part.ok, part.n_jobs) for name, part in answer.shards.items()} == {
-        "us1": (True, 2),
-        "eu1": (True, 3),
-    }
-    assert [await pair.n_jobs(name) for name in NAMES] == [2, 3]
-    async with router.client() as client:
-        for identifier, site in zip(answer.ids, ("BNL", "FZK", "BNL", "FZK", "FZK"), strict=True):
-            assert identifier is not None
-            view = await client.job(identifier)
-            assert (view.job.site, view.job.jobset) == (site, answer.jobset)
-
-
 async def test_a_repeat_gives_the_same_ids_and_stores_nothing(router: RunningFront, pair: TwoPartitions) -> None:
     first = await submit(router, "BNL", "FZK", key="k")
     assert await submit(router, "BNL", "FZK", key="k") == first
@@ -106,20 +75,6 @@ async def test_a_key_reused_for_another_part_is_final_and_says_what_the_others_d
     assert answer.ids[:2] == [None, None]
     assert answer.shards["eu1"].ok
     assert [await pair.n_jobs(name) for name in NAMES] == [1, 1]
-
-
-@pytest.mark.parametrize("limit", [1, 3, 7, 100])
-async def test_pages_over_both_shards_are_complete_and_in_order(router: RunningFront, limit: int) -> None:
-    ids = sorted(i for i in (await submit(router, *["BNL", "FZK", "UTA"] * 4)).ids if i is not None)
-    seen: list[int] = []
-    after: int | None = 0
-    async with router.client() as client:
-        while after is not None:
-            page = await client.jobs(JobsQuery(limit=limit, after=after))
-            assert len(page.jobs) <= limit
-            seen += [row.id for row in page.jobs]
-            after = page.next
-    assert seen == ids
 
 
 async def test_pages_stay_stable_while_jobs_come(router: RunningFront) -> None:
@@ -166,27 +121,6 @@ async def test_a_pilot_finds_the_regions_jobs_on_the_other_shard(router: Running
 # --- one is dead ----------------------------------------------------------------------------------------------------
 
 
-async def test_what_a_call_did_is_said_per_shard_and_its_repeat_completes_it(
-    router: RunningFront, pair: TwoPartitions
-) -> None:
-    await pair.stop("eu1")
-    error, answer = await partly(router, "BNL", "FZK", "BNL", key="k")
-    assert (error.code, error.http_status) == ("partial_submit", 503)
-    assert error.retry_after_s
-    assert answer.shards["us1"].ok
-    said = answer.shards["eu1"].error
-    assert said is not None
-    assert said.retryable
-    assert answer.ids[1] is None
-    assert None not in {answer.ids[0], answer.ids[2]}
-    await pair.start("eu1")
-    await linked(router, "eu1")
-    whole = await submit(router, "BNL", "FZK", "BNL", key="k")
-    assert (whole.ids[0], whole.ids[2], whole.jobset) == (answer.ids[0], answer.ids[2], answer.jobset)
-    assert whole.ids[1] is not None
-    assert [await pair.n_jobs(name) for name in NAMES] == [2, 1]
-
-
 async def test_a_client_with_patience_sees_no_partial_call(router: RunningFront, pair: TwoPartitions) -> None:
     await pair.stop("eu1")
     async with router.client(patience_s=DEADLINE_S) as client:
@@ -201,35 +135,6 @@ async def test_a_client_with_patience_sees_no_partial_call(router: RunningFront,
 
 async def _holds(pair: TwoPartitions, name: str, n_jobs: int) -> bool:
     return await pair.n_jobs(name) == n_jobs
-
-
-async def test_a_dead_shard_is_said_at_once_while_the_other_serves(router: RunningFront, pair: TwoPartitions) -> None:
-    await submit(router, "BNL")
-    await pair.stop("eu1")
-    body = msgspec.json.encode(GetJobRequest(request_id="12345678", queue="FZK-q", pilot=PilotInfo(id="p"), wait_s=30))
-    began = time.monotonic()
-    reply = await router.send("POST", "/v1/get_job", body, token=router.token(PILOT))
-    assert time.monotonic() - began < AT_ONCE_S
-    assert reply.status == 503
-    assert reply.code in {"shard_down", "outcome_unknown"}
-    assert int(reply.headers["Retry-After"]) >= 1
-    assert len((await get_job(router, "BNL")).jobs) == 1
-    assert (await submit(router, "BNL")).ids[0] is not None
-
-
-async def test_lists_and_cancels_name_the_shard_that_is_missing(router: RunningFront, pair: TwoPartitions) -> None:
-    answer = await submit(router, "BNL", "FZK")
-    bnl, fzk = [identifier for identifier in answer.ids if identifier is not None]
-    await pair.stop("eu1")
-    async with router.client(patience_s=0.0) as client:
-        page = await client.jobs(JobsQuery())
-        assert ([row.id for row in page.jobs], page.missing_shards) == ([bnl], ["eu1"])
-        assert (await client.jobs(JobsQuery(site="BNL"))).missing_shards == []
-        ended = await client.cancel(CancelRequest(ids=[bnl, fzk]))
-        assert {job.id: job.outcome for job in ended.jobs} == {bnl: "cancelled", fzk: "unknown"}
-        assert ended.missing_shards == ["eu1"]
-        with pytest.raises(Unavailable):
-            await client.job(fzk)
 
 
 # --- slots that move ------------------------------------------------------------------------------------------------
@@ -248,27 +153,6 @@ def _held(grant: Grant) -> dict[str, Any]:
     return {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
 
 
-async def test_no_verb_notices_that_its_slot_was_opened_anew(router: RunningFront, pair: TwoPartitions) -> None:
-    await submit(router, "FZK")
-    await _reopened(pair, "FZK")
-    await submit(router, "BNL", "FZK", "FZK")
-    await _reopened(pair, "FZK")
-    [grant] = (await get_job(router, "FZK")).jobs
-    async with router.client(PILOT, patience_s=0.0) as pilot, router.client(patience_s=0.0) as user:
-        await _reopened(pair, "FZK")
-        request = HeartbeatRequest(**_held(grant), state=State.RUNNING)
-        assert (await pilot.heartbeat(request)).state is State.RUNNING
-        await _reopened(pair, "FZK")
-        assert (await pilot.report(ReportRequest(**_held(grant), state=State.FINISHED))).state is State.FINISHED
-        await _reopened(pair, "FZK")
-        assert (await user.job(grant.id)).job.state is State.FINISHED
-        left = [row.id for row in (await user.jobs(JobsQuery(state=State.ACTIVATED, site="FZK"))).jobs]
-        assert len(left) == 2
-        await _reopened(pair, "FZK")
-        ended = await user.cancel(CancelRequest(ids=left))
-        assert [(job.id, job.outcome) for job in ended.jobs] == [(identifier, "cancelled") for identifier in left]
-
-
 async def test_a_slot_that_went_to_the_other_shard_is_found_there(router: RunningFront, pair: TwoPartitions) -> None:
     slot = pair.topology.region("BOTH").slot
     assert pair.topology.place(slot).shard == "eu1"
@@ -279,3 +163,18 @@ async def test_a_slot_that_went_to_the_other_shard_is_found_there(router: Runnin
         answer = await client.submit(SubmitRequest(idempotency_key="moved", jobs=jobs))
     assert list(answer.shards) == ["us1"]
     assert [await pair.n_jobs(name) for name in NAMES] == [1, 0]
+
+
+async def test_a_repeat_gets_its_first_answer_also_when_there_is_work_at_home_by_now(router: RunningFront) -> None:
+    """The first answer came from the shard of the region's slot; home has a job since (invariant I6)."""
+    request = GetJobRequest(request_id="12345678", queue="UTA-q", pilot=PilotInfo(id="p"))
+    async with router.client() as user, router.client(PILOT) as pilot:
+        [of_region] = (
+            await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(region="BOTH", argv=["true"])]))
+        ).ids
+        first = await pilot.get_job(request)
+        assert [grant.id for grant in first.jobs] == [of_region]
+        [of_site] = (await user.submit(SubmitRequest(idempotency_key="later", jobs=at("UTA")))).ids
+        assert [grant.id for grant in (await pilot.get_job(request)).jobs] == [of_region]
+        other = GetJobRequest(request_id="87654321", queue="UTA-q", pilot=PilotInfo(id="p"))
+        assert [grant.id for grant in (await pilot.get_job(other)).jobs] == [of_site]

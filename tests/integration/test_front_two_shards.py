@@ -23,27 +23,13 @@ from culm.wire import (
 )
 from router.registry import ChangedAnswer, SitesRequest
 from tests.front import RunningFront, front_over
-from tests.partition import ADMIN, PILOT, USER, Servers
-from tests.two_partitions import TwoPartitions, two_partitions
+from tests.partition import ADMIN, PILOT, USER
+from tests.two_partitions import TwoPartitions
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
 SOON_S = 1.0
 """A dead shard is said to be dead within this time."""
-
-
-@pytest.fixture
-async def pair(both: Servers) -> AsyncIterator[TwoPartitions]:
-    """Two shards."""
-    async with two_partitions(both) as running:
-        yield running
-
-
-@pytest.fixture
-async def router(pair: TwoPartitions) -> AsyncIterator[RunningFront]:
-    """A router over both."""
-    async with front_over(pair.topology_dir) as running:
-        yield running
 
 
 @pytest.fixture

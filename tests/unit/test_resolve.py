@@ -1,214 +1,253 @@
-"""From names to slots: pins, hot sites, a pilot's slots, what a pilot and its computing queue offer together."""
+"""From names to slots and offers, over one topology and without I/O."""
 
+from typing import Any
+
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from culm import labels
 from culm.errors import ClientFault
-from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, Topology
+from culm.ids import MAX_JOB_ID
+from culm.topology import Placement, Queue, Region, Section, Shard, Site, Topology
 from culm.wire import GetJobRequest, JobSpec, LeaseTimes, PilotInfo, Principal, SlotRef
-from router import resolve
+from router.resolve import (
+    jobset_of,
+    lease_times,
+    offer_of,
+    pilot_slots,
+    split_by_shard,
+    stable_hash,
+    target_slot,
+)
 
-PILOT = Principal(role="pilot", subject="pilots", authority=CENTRAL, queues=["*"])
+HOT_SLOTS = [10, 11, 12, 13]
+PILOT = Principal(role="pilot", subject="p", authority="central", queues=["*"])
 
 
-def topology(**queue: object) -> Topology:
-    """BNL is hot and has two slots, on two shards; MWT2 has one; the slot of region US is on us1."""
+def topology(*, default_region: str = "US") -> Topology:
+    """us1 serves US and site COLD; the hot site has slots on us1 and us2; EU is on eu1."""
+    offsets = Queue(priority_offsets={"": 5, "higgs": 50}), Queue(priority_offsets={"": 20, "susy": -7})
     section = Section(
-        authority=CENTRAL,
+        authority="central",
         epoch=9,
-        shards={"us1": Shard(link="unix:/run/us1"), "us2": Shard(link="unix:/run/us2")},
-        regions={"US": Region(slot=0, shards=["us1"]), "EU": Region(slot=5, shards=["us2"])},
+        shards={name: Shard(link=f"unix:/{name}") for name in ("us1", "us2", "eu1")},
+        regions={"US": Region(slot=0, shards=["us1", "us2"]), "EU": Region(slot=1, shards=["eu1"])},
         sites={
-            "BNL": Site(
-                region="US",
-                slots=[1, 2],
-                queues={
-                    "BNL-q": Queue(**queue),  # type: ignore[arg-type]  # fields by name
-                    "BNL-low": Queue(priority_offsets={"": -10, "higgs": 40}),
-                },
-            ),
-            "MWT2": Site(region="US", slots=[3], queues={"MWT2-q": Queue()}),
+            "HOT": Site(region="US", slots=HOT_SLOTS, queues={"HOT_1": offsets[0], "HOT_2": offsets[1]}),
+            "COLD": Site(region="US", slots=[20], queues={"COLD_1": Queue()}),
+            "FZK": Site(region="EU", slots=[30], queues={"FZK_1": Queue()}),
         },
         placement={
             0: Placement("us1", 1),
-            1: Placement("us1", 4),
-            2: Placement("us2", 7),
-            3: Placement("us1", 3),
-            5: Placement("us2", 1),
+            1: Placement("eu1", 2),
+            20: Placement("us1", 3),
+            30: Placement("eu1", 4),
+            10: Placement("us1", 5),
+            11: Placement("us2", 6),
+            12: Placement("us1", 7),
+            13: Placement("us2", 8),
         },
-        default_region="EU",
+        default_region=default_region,
     )
     return Topology([section])
 
 
-def spec(**changes: object) -> JobSpec:
-    return JobSpec(**({"argv": ["true"]} | changes))  # type: ignore[arg-type]  # fields by name
+def spec(**changes: Any) -> JobSpec:
+    return JobSpec(**({"argv": ["true"]} | changes))
 
 
-def request(**changes: object) -> GetJobRequest:
-    values = {"request_id": "12345678", "queue": "BNL-q", "pilot": PilotInfo(id="p1", type="big")}
-    return GetJobRequest(**(values | changes))  # type: ignore[arg-type]  # fields by name
-
-
-# --- target_slot ----------------------------------------------------------------------------------------------------
+# --- the target of a job --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("target", "slot"),
+    ("changes", "slot"),
     [
-        ({"queue": "MWT2-q"}, 3),
-        ({"queue": "MWT2-q", "site": "MWT2", "region": "US"}, 3),
-        ({"site": "MWT2"}, 3),
-        ({"site": "MWT2", "region": "US"}, 3),
+        ({"queue": "COLD_1"}, 20),
+        ({"site": "COLD"}, 20),
         ({"region": "US"}, 0),
-        ({}, 5),
+        ({"region": "EU"}, 1),
+        ({}, 0),
+        ({"queue": "FZK_1", "site": "FZK", "region": "EU"}, 30),
+        ({"site": "FZK", "region": "EU"}, 30),
     ],
 )
-def test_a_queue_beats_a_site_beats_a_region_beats_the_default(target: dict[str, str], slot: int) -> None:
-    assert resolve.target_slot(topology(), spec(**target), "key") == slot
+def test_a_pin_beats_what_is_wider(changes: dict[str, str], slot: int) -> None:
+    assert target_slot(topology(), spec(**changes), "key") == slot
 
 
 @pytest.mark.parametrize(
-    ("target", "code", "status"),
+    ("changes", "code"),
     [
-        ({"queue": "nowhere"}, "unknown_queue", 404),
-        ({"site": "nowhere"}, "unknown_site", 404),
-        ({"region": "nowhere"}, "unknown_region", 404),
-        ({"queue": "MWT2-q", "site": "BNL"}, "bad_target", 400),
-        ({"queue": "MWT2-q", "region": "EU"}, "bad_target", 400),
-        ({"site": "MWT2", "region": "EU"}, "bad_target", 400),
-        ({"site": "MWT2", "region": "nowhere"}, "bad_target", 400),
+        ({"queue": "X"}, "unknown_queue"),
+        ({"site": "X"}, "unknown_site"),
+        ({"region": "X"}, "unknown_region"),
+        ({"queue": "COLD_1", "site": "HOT"}, "bad_target"),
+        ({"queue": "COLD_1", "region": "EU"}, "bad_target"),
+        ({"site": "COLD", "region": "EU"}, "bad_target"),
+        ({"site": "COLD", "region": "X"}, "bad_target"),
+        ({"queue": "HOT"}, "unknown_queue"),
     ],
 )
-def test_targets_that_are_unknown_or_disagree_are_refused(target: dict[str, str], code: str, status: int) -> None:
+def test_a_target_that_contradicts_itself_or_is_unknown_is_refused(changes: dict[str, str], code: str) -> None:
     with pytest.raises(ClientFault) as caught:
-        resolve.target_slot(topology(), spec(**target), "key")
-    assert (caught.value.code, caught.value.http_status) == (code, status)
+        target_slot(topology(), spec(**changes), "key")
+    assert caught.value.code == code
 
 
-def test_without_a_default_region_a_job_must_name_its_place() -> None:
-    empty = Topology([Section(authority=CENTRAL, epoch=1)])
-    with pytest.raises(ClientFault, match="no default region"):
-        resolve.target_slot(empty, spec(), "key")
+def test_a_job_without_a_place_needs_a_default_region() -> None:
+    with pytest.raises(ClientFault) as caught:
+        target_slot(topology(default_region=""), spec(), "key")
+    assert caught.value.code == "bad_target"
 
 
-def test_a_hot_site_spreads_keys_over_its_slots_and_a_repeat_goes_where_the_first_went() -> None:
-    keys = [f"key-{number}" for number in range(200)]
-    first = [resolve.target_slot(topology(), spec(site="BNL"), key) for key in keys]
-    again = [resolve.target_slot(topology(), spec(queue="BNL-q"), key) for key in keys]
-    assert first == again
-    assert 60 < first.count(1) < 140
-    assert set(first) == {1, 2}
+@given(st.text(max_size=128))
+def test_a_repeat_of_a_key_goes_where_the_first_went(key: str) -> None:
+    first = target_slot(topology(), spec(site="HOT"), key)
+    assert first in HOT_SLOTS
+    assert target_slot(topology(), spec(queue="HOT_2"), key) == first
 
 
-def test_the_hash_that_places_jobs_is_the_same_for_ever() -> None:
-    """Pinned: another value would send the repeat of a key to another slot after an upgrade."""
-    assert resolve.stable_hash("key") == 61_236_350_311_001
-    assert resolve.stable_hash("a", "b") != resolve.stable_hash("ab")
-    assert resolve.jobset_of("ann", "one") == 92_987_004_654_043
-    assert resolve.jobset_of("ann", "one") != resolve.jobset_of("bob", "one")
+def test_keys_spread_over_the_slots_of_a_hot_site() -> None:
+    hits = [target_slot(topology(), spec(site="HOT"), f"key {n}") for n in range(400)]
+    assert all(70 <= hits.count(slot) <= 130 for slot in HOT_SLOTS)
 
 
-# --- split_by_shard -------------------------------------------------------------------------------------------------
+def test_placement_hangs_on_these_numbers() -> None:
+    """Changed ones would send the repeat of a stored key elsewhere, and accept its jobs twice."""
+    assert stable_hash("key") == 61236350311001
+    assert stable_hash("a", "b") != stable_hash("ab")
+    assert jobset_of("ann", "key") == 101111549587131
 
 
-def test_a_call_is_cut_by_shard_and_slot_and_every_place_is_kept() -> None:
-    specs = [spec(site="MWT2", name="0"), spec(region="EU", name="1"), spec(region="US", name="2"), spec(name="3")]
-    parts = resolve.split_by_shard(topology(), [*specs, spec(site="MWT2", name="4")], "key")
-    assert [part.shard for part in parts] == ["us1", "us2"]
-    assert [part.places for part in parts] == [[[0, 4], [2]], [[1, 3]]]
-    assert [part.n_jobs for part in parts] == [3, 2]
-    assert [slot.at for part in parts for slot in part.slots] == [SlotRef(3, 3), SlotRef(0, 1), SlotRef(5, 1)]
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_a_jobset_is_an_id_that_json_can_carry(owner: str, key: str) -> None:
+    assert 1 <= jobset_of(owner, key) < 2**48 < MAX_JOB_ID
+
+
+# --- cutting a call -------------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_cut_by_shard_and_slot_and_no_job_is_lost() -> None:
+    specs = [spec(site=site, name=str(n)) for n, site in enumerate(["COLD", "FZK", "COLD", "FZK", "COLD"])]
+    specs += [spec(region="US", name="5"), spec(region="EU", name="6")]
+    parts = split_by_shard(topology(), specs, "key")
+    assert [(part.shard, part.n_jobs, part.places) for part in parts] == [
+        ("us1", 4, [[0, 2, 4], [5]]),
+        ("eu1", 3, [[1, 3], [6]]),
+    ]
+    assert [[jobs.at for jobs in part.slots] for part in parts] == [
+        [SlotRef(20, 3), SlotRef(0, 1)],
+        [SlotRef(30, 4), SlotRef(1, 2)],
+    ]
     for part in parts:
-        for places, slot in zip(part.places, part.slots, strict=True):
-            assert [int(one.name) for one in slot.specs] == places
+        for places, jobs in zip(part.places, part.slots, strict=True):
+            assert [one.name for one in jobs.specs] == [str(place) for place in places]
+
+
+@given(st.lists(st.sampled_from(["COLD", "FZK", "HOT"]), min_size=1, max_size=40), st.text(max_size=8))
+def test_every_place_of_a_call_is_in_exactly_one_part(sites: list[str], key: str) -> None:
+    parts = split_by_shard(topology(), [spec(site=site) for site in sites], key)
+    places = [place for part in parts for some in part.places for place in some]
+    assert sorted(places) == list(range(len(sites)))
+    assert len({part.shard for part in parts}) == len(parts)
 
 
 def test_the_first_bad_job_is_named_by_its_place() -> None:
-    specs = [spec(site="MWT2"), spec(site="nowhere"), spec(queue="nowhere")]
     with pytest.raises(ClientFault) as caught:
-        resolve.split_by_shard(topology(), specs, "key")
-    assert (caught.value.code, caught.value.http_status, caught.value.details) == ("unknown_site", 404, {"index": 1})
+        split_by_shard(topology(), [spec(), spec(site="X"), spec(site="Y")], "key")
+    assert (caught.value.code, caught.value.details, caught.value.http_status) == ("unknown_site", {"index": 1}, 404)
     assert caught.value.message.startswith("jobs[1]: ")
 
 
 @pytest.mark.parametrize(
-    ("job", "offsets"),
+    ("changes", "offset"),
     [
-        ({"queue": "BNL-low"}, [-10]),
-        ({"queue": "BNL-low", "working_group": "higgs"}, [40]),
-        ({"queue": "BNL-low", "working_group": "susy"}, [-10]),
-        ({"site": "BNL", "working_group": "higgs"}, [40]),
-        ({"queue": "BNL-q", "working_group": "higgs"}, []),
-        ({"region": "US", "working_group": "higgs"}, []),
+        ({"queue": "HOT_1"}, 5),
+        ({"queue": "HOT_1", "working_group": "higgs"}, 50),
+        ({"queue": "HOT_1", "working_group": "susy"}, 5),
+        ({"queue": "HOT_2", "working_group": "susy"}, 20),
+        ({"site": "HOT"}, 20),
+        ({"site": "HOT", "working_group": "higgs"}, 50),
+        ({"region": "US", "working_group": "higgs"}, 0),
+        ({"site": "COLD"}, 0),
     ],
 )
-def test_the_largest_priority_offset_that_applies_wins(job: dict[str, str], offsets: list[int]) -> None:
-    [part] = resolve.split_by_shard(topology(), [spec(**job)], "key")
-    assert part.slots[0].offsets == offsets
+def test_the_largest_priority_offset_that_applies_wins(changes: dict[str, str], offset: int) -> None:
+    [part] = split_by_shard(topology(), [spec(**changes)], "key")
+    assert part.slots[0].offsets == ([offset] if offset else [])
 
 
-def test_jobs_with_and_without_an_offset_keep_their_places_beside_each_other() -> None:
-    specs = [spec(queue="BNL-q"), spec(queue="BNL-low")]
-    [part] = resolve.split_by_shard(topology(), specs, "key")
-    assert part.slots[0].offsets == [0, -10]
+def test_offsets_stand_beside_their_jobs() -> None:
+    specs = [spec(site="HOT"), spec(site="HOT", working_group="higgs"), spec(site="HOT", working_group="none")]
+    [part] = split_by_shard(topology(), specs, "key")
+    assert part.slots[0].offsets == [20, 50, 20]
 
 
-# --- pilots ---------------------------------------------------------------------------------------------------------
+# --- what a pilot may take ------------------------------------------------------------------------------------------
 
 
-def test_a_pilot_has_a_home_slot_then_its_siblings_then_the_regions_own() -> None:
+def test_a_pilot_of_a_small_site_asks_one_shard_its_own_slot_first() -> None:
     known = topology()
-    homes = set()
-    for number in range(40):
-        by_shard = resolve.pilot_slots(known, known.site("BNL"), f"p{number}")
-        homes.add(by_shard[0][0])
-        slots = {ref.slot: ref.epoch for _, refs in by_shard for ref in refs}
-        assert slots == {0: 1, 1: 4, 2: 7}
-        for shard, refs in by_shard:
-            assert all(known.place(ref.slot).shard == shard for ref in refs)
-            # Jobs of the region come after those of the site.
-            assert 0 not in [ref.slot for ref in refs[:-1]]
-    assert homes == {"us1", "us2"}
+    assert pilot_slots(known, known.site("COLD"), "p1") == [("us1", [SlotRef(20, 3), SlotRef(0, 1)])]
 
 
-def test_a_site_with_one_slot_is_asked_together_with_its_region() -> None:
+@given(st.text(min_size=1, max_size=64))
+def test_a_pilot_of_a_hot_site_begins_at_home_and_covers_all_slots(pilot: str) -> None:
     known = topology()
-    assert resolve.pilot_slots(known, known.site("MWT2"), "p") == [("us1", [SlotRef(3, 3), SlotRef(0, 1)])]
+    shards = pilot_slots(known, known.site("HOT"), pilot)
+    home = HOT_SLOTS[stable_hash(pilot) % 4]
+    assert shards[0][0] == known.place(home).shard
+    assert shards[0][1][0].slot == home
+    assert sorted(ref.slot for _, refs in shards for ref in refs) == [0, *HOT_SLOTS]
+    assert all(known.slot(ref.slot) == ref for _, refs in shards for ref in refs)
+
+
+def test_pilots_have_their_homes_all_over_a_hot_site() -> None:
+    known = topology()
+    homes = [pilot_slots(known, known.site("HOT"), f"pilot {n}")[0][1][0].slot for n in range(400)]
+    assert all(70 <= homes.count(slot) <= 130 for slot in HOT_SLOTS)
+
+
+def asking(**changes: Any) -> GetJobRequest:
+    values = {"request_id": "r" * 8, "queue": "COLD_1", "pilot": PilotInfo(id="p1", type="wn")}
+    return GetJobRequest(**(values | changes))
+
+
+@pytest.mark.parametrize(("asked", "described", "offered"), [(0, 0, 0), (4, 0, 4), (0, 8, 8), (4, 8, 4), (16, 8, 8)])
+def test_the_smaller_of_two_known_limits_is_offered(asked: int, described: int, offered: int) -> None:
+    for field in ("memory_mb", "disk_mb", "walltime_s"):
+        offer = offer_of(PILOT, asking(**{field: asked}), Queue(**{field: described}))
+        assert getattr(offer, field) == offered
+
+
+def test_cores_are_known_of_every_queue() -> None:
+    assert [offer_of(PILOT, asking(cores=n), Queue(cores=8)).cores for n in (0, 4, 16)] == [8, 4, 8]
 
 
 @pytest.mark.parametrize(
-    ("asked", "described", "offered"), [(0, 0, 0), (0, 500, 500), (500, 0, 500), (400, 500, 400), (600, 500, 500)]
+    ("status", "label", "labels"),
+    [
+        ("offline", "unified", set()),
+        ("online", "user", {"user", "panda"}),
+        ("brokeroff", "user", {"user", "panda"}),
+        ("test", "user", {"test", "prod_test"}),
+    ],
 )
-def test_the_smaller_of_two_known_limits_is_offered(asked: int, described: int, offered: int) -> None:
-    queue = Queue(memory_mb=described, disk_mb=described, walltime_s=described)
-    offer = resolve.offer_of(PILOT, request(memory_mb=asked, disk_mb=asked, walltime_s=asked), queue)
-    assert (offer.memory_mb, offer.disk_mb, offer.walltime_s) == (offered, offered, offered)
+def test_the_status_of_a_queue_decides_about_labels(status: str, label: str, labels: set[str]) -> None:
+    offer = offer_of(PILOT, asking(label=label), Queue(status=status))  # type: ignore[arg-type]
+    assert offer.labels == labels
 
 
-def test_a_pilot_never_offers_more_cores_than_its_queue() -> None:
-    assert resolve.offer_of(PILOT, request(cores=64), Queue(cores=8)).cores == 8
-    assert resolve.offer_of(PILOT, request(), Queue(cores=8)).cores == 8
-    assert resolve.offer_of(PILOT, request(cores=2), Queue(cores=8)).cores == 2
+def test_an_offer_carries_the_tokens_vos_and_the_queues_tags() -> None:
+    queue = Queue(releases=["r1"], platforms=["p1", "p2"])
+    offer = offer_of(msgspec.structs.replace(PILOT, vos=["atlas"]), asking(), queue)
+    assert (offer.vos, offer.releases, offer.platforms) == ({"atlas"}, {"r1"}, {"p1", "p2"})
+    assert (offer.queue, offer.pilot_type) == ("COLD_1", "wn")
+    assert offer_of(PILOT, asking(), queue).vos is None
+    assert offer_of(msgspec.structs.replace(PILOT, vos=[]), asking(), queue).vos == frozenset()
 
 
-def test_an_offer_carries_what_the_queue_and_the_token_say() -> None:
-    queue = Queue(releases=["22.0"], platforms=["el9"])
-    offer = resolve.offer_of(PILOT, request(), queue)
-    assert (offer.queue, offer.releases, offer.platforms) == ("BNL-q", {"22.0"}, {"el9"})
-    assert (offer.vos, offer.pilot_type, offer.labels) == (None, "big", labels.ANY)
-    of_one_vo = Principal(role="pilot", subject="p", authority=CENTRAL, queues=["*"], vos=["atlas"])
-    assert resolve.offer_of(of_one_vo, request(), queue).vos == {"atlas"}
-    of_none = Principal(role="pilot", subject="p", authority=CENTRAL, queues=["*"], vos=[])
-    assert resolve.offer_of(of_none, request(), queue).vos == frozenset()
-
-
-def test_an_offline_queue_offers_nothing_and_a_queue_in_test_takes_test_jobs() -> None:
-    assert resolve.offer_of(PILOT, request(), Queue(status="offline")).labels == frozenset()
-    assert resolve.offer_of(PILOT, request(), Queue(status="test")).labels == {"test", "prod_test"}
-    assert resolve.offer_of(PILOT, request(), Queue(status="brokeroff")).labels == labels.ANY
-
-
-def test_a_queues_own_lease_times_travel_with_the_request() -> None:
-    assert resolve.lease_times(Queue(first_lease_s=30, heartbeat_s=60)) == LeaseTimes(30, 60)
-    assert resolve.lease_times(Queue()) == LeaseTimes(0, 0)
+def test_a_queues_own_lease_times_travel() -> None:
+    assert lease_times(Queue(first_lease_s=30, heartbeat_s=90)) == LeaseTimes(30, 90)
+    assert lease_times(Queue()) == LeaseTimes(0, 0)
