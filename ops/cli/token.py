@@ -1,4 +1,4 @@
-"""`culm token issue|list`."""
+"""`culm token issue|rotate|list`."""
 
 import json
 import sys
@@ -46,15 +46,28 @@ def issue(
       culm token issue user ann --vo atlas --group phys-higgs
       culm token issue pilot bnl-pilots --queue 'BNL*' --days 7
     """
-    layout = Layout(folder)
-    ring = KeyRing(layout.keys / authority, layout.trusted, authority)
-    if not ring.kids():
-        raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {authority}", http_status=404)
+    ring = _ring(folder, authority)
     lists = {name: list(values) for name, values in several.items()}
     if kind == "pilot" and not lists["queues"]:
         raise ClientFault("bad_token", "a pilot's token needs --queue")
     click.echo(ring.issue(Principal(role=kind, subject=subject, authority=authority, vo=vo, **lists), days * 86_400))
     sys.stderr.write("whoever has it may act: keep it in a file of mode 0600\n" if sys.stderr.isatty() else "")
+
+
+@token.command()
+@DIR
+@AUTHORITY
+def rotate(folder: Path, authority: str) -> None:
+    """Make a key that signs from now on. Tokens that are out stay good until they expire; nothing restarts.
+
+    To withdraw an old key, and every token that it signed, remove its .pub from the cluster's folder `trusted`.
+
+    \b
+    Examples:
+      culm token rotate
+      culm token rotate --authority CERN
+    """
+    click.echo(_ring(folder, authority).rotate())
 
 
 @token.command("list")
@@ -77,3 +90,11 @@ def list_tokens(folder: Path, output: str) -> None:
         click.echo(json.dumps({"keys": keys, "tokens": tokens}))
         return
     click.echo("\n".join([*(f"key    {name}" for name in keys), *(f"token  {name}" for name in tokens)]))
+
+
+def _ring(folder: Path, authority: str) -> KeyRing:
+    layout = Layout(folder)
+    ring = KeyRing(layout.keys / authority, layout.trusted, authority)
+    if not ring.kids():
+        raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {authority}", http_status=404)
+    return ring

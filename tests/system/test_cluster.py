@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import jwt
 import pytest
 
 from ops.cluster import control
@@ -181,6 +183,21 @@ def test_the_logs_of_a_process_are_shown_and_followed(running: Cluster) -> None:
     assert "serves" in shown.stdout
     unknown = running.culm("logs", "nobody")
     assert (unknown.returncode, "nobody" in unknown.stderr) == (3, True)
+
+
+def test_a_key_is_rotated_without_a_restart_and_old_tokens_stay_good(running: Cluster) -> None:
+    before = {process.name: process.pid for process in running.status.processes}
+    made = running.culm("token", "rotate").stdout.strip()
+    assert made in decoded(running.culm("token", "list", "-o", "json"))["keys"]
+    issued = running.culm("token", "issue", "user", "new-user", "--vo", "atlas").stdout.strip()
+    assert jwt.get_unverified_header(issued)["kid"] == made
+    for token in (issued, (running.layout.tokens / "central.user").read_text(encoding="utf-8")):
+        request = urllib.request.Request(
+            f"{running.layout.router_url}/v1/jobs", headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert answer.status == 200
+    assert {process.name: process.pid for process in running.status.processes} == before
 
 
 def test_commands_without_a_cluster_say_so(folder: Path) -> None:

@@ -14,7 +14,7 @@ from ops.cli import culm, exits
 
 LOCAL = {"test", "router run", "shard run", "monitor run", "pilot build"}
 """These speak to no cluster."""
-WITHOUT_DATA = {"up", "down", "logs", "demo", "test", "pilot run", "pilot build", "token issue", *LOCAL}
+WITHOUT_DATA = {"up", "down", "logs", "demo", "test", "pilot run", "pilot build", "token issue", "token rotate", *LOCAL}
 """These show no data that a program would want as JSON; a token is printed bare."""
 
 
@@ -120,6 +120,7 @@ def test_without_a_cluster_it_says_how_to_get_one(words: tuple[str, ...], tmp_pa
         (("logs",), ClientFault, "no_log"),
         (("token", "list"), ClientFault, "no_keys"),
         (("token", "issue", "user", "ann"), ClientFault, "no_keys"),
+        (("token", "rotate"), ClientFault, "no_keys"),
         (("job", "submit", "--priority", "-1", "--", "true"), ClientFault, "bad_job"),
         (("job", "submit", "--cores", "0", "--", "true"), ClientFault, "bad_job"),
         (("job", "submit", "--memory-mb", "-5", "--", "true"), ClientFault, "bad_job"),
