@@ -59,7 +59,7 @@ def test_ctrl_c_in_the_demo_ends_its_pilots_and_leaves_the_cluster_consistent(fo
             start_new_session=True,
             text=True,
         )
-        eventually_sync(lambda: _some_finished(folder), 120.0, what="the first jobs have finished")
+        eventually_sync(lambda: _some_run(folder), 120.0, what="the first jobs run")
         # A terminal sends it to all processes in its foreground: the demo and its pilots.
         os.killpg(shown.pid, signal.SIGINT)
         told = shown.communicate(timeout=60)[1]
@@ -78,9 +78,8 @@ def test_ctrl_c_in_the_demo_ends_its_pilots_and_leaves_the_cluster_consistent(fo
     assert processes_of(folder) == []
 
 
-def _some_finished(folder: Path) -> bool:
-    told = culm("counts", "-o", "json", folder=folder)
-    return told.returncode == 0 and decoded(told)["total"].get("finished", 0) > 3
+def _some_run(folder: Path) -> bool:
+    return any((folder / "pilots").glob("*/payload"))
 
 
 def _words(pid: int) -> bytes:
