@@ -73,6 +73,7 @@ class Agent:
 
     def run(self) -> int:
         """Pull and run until told to go, or idle for long enough; an exit code."""
+        _say(f"asks for work on {self._plan.queue}")
         try:
             self._loop()
         except StoppedError:
@@ -200,6 +201,7 @@ class Agent:
             self._give_back(entry)
             raise
         else:
+            _say(f"job {grant['id']}: {outcome['state']}")
             self._finish(entry, outcome)
 
     def _run(self, entry: journal.Entry, grant: dict[str, Any]) -> dict[str, Any]:

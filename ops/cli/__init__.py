@@ -61,6 +61,6 @@ def main() -> None:
         click.echo(f"culm: {error.message} ({error.code})", err=True)
         sys.exit(exits.of(error))
     except CulmError as error:
-        hint = "; try again later" if isinstance(error, Unavailable) else ""
+        hint = "; try again later" if isinstance(error, Unavailable) and error.code != "not_running" else ""
         click.echo(f"culm: {error.message} ({error.code}){hint}", err=True)
         sys.exit(exits.of(error))

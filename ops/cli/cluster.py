@@ -1,7 +1,7 @@
 """`culm up`, `down`, `status`, `logs`."""
 
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,7 +41,7 @@ def start(folder: Path, port: int | None) -> Layout:
     console = Console(stderr=True)
     with console.status("starting") as spinner:
         control.up(layout, spinner.update)
-    console.print(f"up: router {layout.router_url}, monitor {layout.monitor_url}, in {folder}")
+    click.echo(f"up: router {layout.router_url}, monitor {layout.monitor_url}, in {folder}", err=True)
     return layout
 
 
@@ -78,7 +78,7 @@ def status(folder: Path, output: str) -> None:
     told = control.status(folder)
     up_now = told is not None and told.alive
     if told is None or not up_now:
-        click.echo(f"no cluster runs in {folder}: culm up" if output == "table" else '{"phase": "down"}')
+        click.echo(f"no cluster runs in {folder}: culm up --dir {folder}" if output == "table" else '{"phase": "down"}')
         sys.exit(exits.UNAVAILABLE)
     if output == "json":
         rows = [{"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts} for p in told.processes]
@@ -111,5 +111,5 @@ def logs(folder: Path, follow: bool, names: tuple[str, ...]) -> None:
         found = [path for path in found if path.stem in names]
     if not found:
         raise ClientFault("no_log", f"no logs in {folder}", http_status=404)
-    command = ["tail", "-n", "20", *(["-F"] if follow else []), *map(str, found)]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    # It takes our place: Ctrl-C and a closed pipe end it as they end any tail.
+    os.execvp("tail", ["tail", "-n", "20", *(["-F"] if follow else []), *map(str, found)])  # noqa: S606

@@ -19,7 +19,7 @@ from culm.wire import JobSpec, JobsQuery, SubmitRequest
 from ops.cli import exits
 from ops.cli.cluster import start
 from ops.cli.options import DIR, PORT, console, router
-from ops.cluster.layout import AUTHORITIES, REGIONS, Layout
+from ops.cluster.layout import AUTHORITIES, REGIONS, Layout, default_folder
 from ops.cluster.plan import DEMO_SITES
 
 JOBS_PER_REGION: Final = 20
@@ -39,7 +39,15 @@ def demo(folder: Path, port: int | None) -> None:
       culm demo
       culm demo --dir /tmp/second --port 26080
     """
-    layout = start(folder, port)
+    try:
+        layout = start(folder, port)
+        _demonstrate(layout)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the cluster stays up: {_command(folder, 'down')}", err=True)
+        sys.exit(exits.INTERRUPTED)
+
+
+def _demonstrate(layout: Layout) -> None:
     began = time.monotonic()
     pilots = [_pilot(layout, region, number) for region in REGIONS.values() for number in range(PILOTS_PER_REGION)]
     try:
@@ -107,11 +115,21 @@ def _pilot(layout: Layout, region: str, number: int) -> "subprocess.Popen[bytes]
         )
 
 
+def _command(folder: Path, words: str, arguments: str = "") -> str:
+    """A command as the user can type it, from where the README says."""
+    where = "" if folder == default_folder() else f"--dir {folder}"
+    return " ".join(filter(None, ("bin/culm", words, where, arguments)))
+
+
 def _summary(layout: Layout, states: Counter[State], took_s: float) -> None:
     out = console()
     told = ", ".join(f"{n} {state.value}" for state, n in sorted(states.items()))
     out.print(f"{sum(states.values())} jobs: {told}, in {took_s:.1f} s")
     out.print(f"router  {layout.router_url}\nmonitor {layout.monitor_url}/v1/counts")
     out.print(
-        "Try next:", "culm job list", "culm counts --by site", "culm job submit --site BNL -- hostname", sep="\n  "
+        "Try next:",
+        _command(layout.folder, "job list"),
+        _command(layout.folder, "counts --by site"),
+        _command(layout.folder, "job submit", "--site BNL -- hostname"),
+        sep="\n  ",
     )

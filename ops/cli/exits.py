@@ -10,10 +10,11 @@ NOT_FOUND: Final = 3
 UNAVAILABLE: Final = 4
 REFUSED: Final = 5
 FINDINGS: Final = 6
+INTERRUPTED: Final = 130
 
 EPILOG: Final = (
     "Exit codes: 0 done, 1 failed, 2 wrong use, 3 not found, 4 unavailable (try again), 5 refused, 6 the audit found "
-    "something."
+    "something, 130 interrupted."
 )
 _BY_STATUS: Final = {400: USAGE, 401: REFUSED, 403: REFUSED, 404: NOT_FOUND, 409: REFUSED, 503: UNAVAILABLE}
 

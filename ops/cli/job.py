@@ -11,7 +11,7 @@ from rich.table import Table
 
 from culm.errors import ClientFault
 from culm.states import State
-from culm.wire import CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest
+from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
 
 
@@ -170,10 +170,23 @@ def kill(folder: Path, *, authority: str, output: str, jobset: int | None, ids: 
     else:
         for one in answer.jobs:
             click.echo(f"{one.id} {one.outcome}")
+    _require_all_ended(answer, jobset)
+
+
+def _require_all_ended(answer: CancelAnswer, jobset: int | None) -> None:
+    """Raises ClientFault where a job is as it was: the exit code must say so."""
     if answer.missing_shards:
         raise ClientFault(
             "missing_shards", f"no answer from: {', '.join(answer.missing_shards)}; repeat", http_status=503
         )
+    if jobset is not None and not answer.jobs:
+        raise ClientFault("unknown_jobset", f"no job of jobset {jobset} is known", http_status=404)
+    for outcome, status in (("forbidden", 403), ("not_found", 404)):
+        ids = [str(one.id) for one in answer.jobs if one.outcome == outcome]
+        if ids:
+            raise ClientFault(
+                outcome, f"{len(ids)} of {len(answer.jobs)} jobs: {', '.join(ids[:10])}", http_status=status
+            )
 
 
 def _table(rows: list[JobRow]) -> Table:

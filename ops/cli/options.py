@@ -39,7 +39,7 @@ DIR: Option = click.option(
 PORT: Option = click.option(
     "--port",
     type=click.IntRange(1, 65534),
-    help=f"The router's port; the monitor has the next.  [default: {DEFAULT_PORT}]",
+    help=f"The router's port; the monitor has the next.  [default: {DEFAULT_PORT}, or where it was before]",
 )
 OUTPUT: Option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True

@@ -38,7 +38,7 @@ def list_sites(folder: Path, output: str) -> None:
     """
     known = _topology(folder)
     if output == "json":
-        click.echo(msgspec.json.encode(known.sites))
+        click.echo(msgspec.json.encode({name: _shown(known, name) for name in sorted(known.sites)}))
         return
     table = Table("site", "region", "shard", "queues", "online")
     for name, one in sorted(known.sites.items()):
@@ -59,9 +59,10 @@ def show(folder: Path, output: str, name: str) -> None:
       culm site show BNL
       culm site show BNL -o json
     """
-    one = _topology(folder).site(name)
+    known = _topology(folder)
+    one = known.site(name)
     if output == "json":
-        click.echo(msgspec.json.encode(one))
+        click.echo(msgspec.json.encode(_shown(known, name)))
         return
     click.echo(f"{name}, region {one.region}, slots {', '.join(map(str, one.slots))}")
     table = Table("computing queue", "status", "type", "cores", "memory MB", "walltime s", "releases", "reason")
@@ -183,6 +184,14 @@ def show_topology(folder: Path, output: str) -> None:
                 end_section=False,
             )
     console().print(table)
+
+
+def _shown(known: Topology, name: str) -> dict[str, Any]:
+    """A site with all its fields, also those that are as by default: a program must not have to know the defaults."""
+    one = known.site(name)
+    queues = {queue: msgspec.structs.asdict(described) for queue, described in one.queues.items()}
+    shards = sorted({known.place(slot).shard for slot in one.slots})
+    return {"region": one.region, "slots": one.slots, "shards": shards, "queues": queues}
 
 
 async def _register(folder: Path, authority: str, sites: list[SiteRegistration], reason: str) -> ChangedAnswer:

@@ -30,7 +30,7 @@ def test_the_demo_runs_sixty_jobs_and_leaves_a_clean_cluster(folder: Path) -> No
         assert shown.returncode == 0, shown.stderr
         assert "60 finished" in shown.stdout
         assert f"http://127.0.0.1:{port}" in shown.stdout
-        assert len(re.findall(r"^  culm ", shown.stdout, re.MULTILINE)) == 3
+        assert len(re.findall(r"^  bin/culm ", shown.stdout, re.MULTILINE)) == 3
         counts = decoded(culm("counts", "-o", "json", folder=folder))
         assert counts["total"] == {"finished": 60}
         assert {region: row["finished"] for region, row in counts["by_region"].items()} == {
