@@ -81,7 +81,7 @@ class Lifecycle:
         """Store what became of a job.
 
         Raises:
-            Conflict: lease_lost, stale_attempt, bad_transition.
+            Conflict: lease_lost (a stale attempt too), bad_transition.
             ClientFault: unknown_job, bad_report, forbidden.
             Moved, Unavailable: as Database.run.
 
