@@ -2,13 +2,14 @@
 
 import ipaddress
 import os
+import socket
 import ssl
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Conflict
 from culm.settings import TlsSettings
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -43,7 +44,8 @@ def parse(text: str) -> Address:
 def prepare_socket(path: str) -> None:
     """Make way for a unix socket: its folder must be ours alone, a stale socket is removed.
 
-    Raises ClientFault(open_socket_folder) if anybody else could reach the socket. Safe to retry: yes.
+    Raises ClientFault(open_socket_folder) if anybody else could reach the socket, Conflict(socket_in_use) if somebody
+    listens there. Safe to retry: yes.
     """
     folder = Path(path).parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,6 +53,8 @@ def prepare_socket(path: str) -> None:
     if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
         raise ClientFault("open_socket_folder", f"{folder} must belong to this user with mode 0700")
     if Path(path).is_socket():
+        if _answers(path):
+            raise Conflict("socket_in_use", f"another process listens at {path}")
         Path(path).unlink()
 
 
@@ -73,6 +77,18 @@ def _context(settings: TlsSettings | None, purpose: ssl.Purpose) -> ssl.SSLConte
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(settings.cert_file, settings.key_file)
     return context
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # it listens, but its queue is full
+        except OSError:
+            return False
+        return True
 
 
 def _is_loopback(host: str) -> bool:

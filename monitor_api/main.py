@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from culm import access, clock, service
-from culm.errors import Bug, ClientFault, CulmError
+from culm.errors import Bug, ClientFault, Conflict, CulmError
 from culm.frames import error_body
 from culm.link import LinkOptions
 from culm.settings import MonitorSettings
@@ -50,7 +50,11 @@ class Monitor:
         runner = web.AppRunner(self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()
         try:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            try:
+                await web.TCPSite(runner, settings.host, settings.port).start()
+            except OSError as error:
+                where = f"{settings.host}:{settings.port}"
+                raise Conflict("port_busy", f"cannot listen at {where}: {error.strerror}") from None
             log.info("the monitor serves %s:%d", settings.host, settings.port)
             await stop.wait()
         finally:

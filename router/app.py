@@ -77,10 +77,13 @@ class Front:
         dialect = dialects.answer_dialect(request)
         written = False
         try:
+            # Before the write: a pilot that has read its answer closes at once, and is not gone for that.
+            if door.has_hung_up(request.transport):
+                return dialects.encode(dialect, GetJobAnswer())
             response = dialects.encode(dialect, dialects.grants_in(dialect, answer))
             await response.prepare(request)
             await response.write_eof()
-            written = not door.has_hung_up(request.transport)
+            written = request.transport is not None and not request.transport.is_closing()
         finally:
             if answer.jobs and not written:
                 self.orphans.unsent(self._shards_of(answer), principal, message)

@@ -37,6 +37,8 @@ def test_the_demo_runs_sixty_jobs_and_leaves_a_clean_cluster(folder: Path) -> No
             "US": 20, "EU": 20, "CERN": 20,
         }  # fmt: skip
         assert counts["missing_shards"] == []
+        # No job was taken back from a pilot that was alive.
+        assert {row["attempt"] for row in decoded(culm("job", "list", "-o", "json", folder=folder))["jobs"]} == {1}
         assert decoded(culm("audit", "-o", "json", folder=folder))["findings"] == []
         again = culm("demo", folder=folder, timeout_s=180.0)
         assert again.returncode == 0, again.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from culm import address
 from culm.address import Address
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Conflict
 
 
 @pytest.fixture
@@ -72,6 +72,18 @@ def test_a_stale_socket_is_removed(short_folder: Path) -> None:
     assert path.is_socket()
     address.prepare_socket(str(path))
     assert not path.exists()
+
+
+def test_a_socket_that_somebody_listens_at_is_left_to_him(short_folder: Path) -> None:
+    """A second process with the same settings would leave the first one deaf."""
+    path = short_folder / "a.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        for _ in range(3):
+            with pytest.raises(Conflict, match="socket_in_use"):
+                address.prepare_socket(str(path))
+    assert path.is_socket()
 
 
 def test_a_file_that_is_no_socket_is_left_alone(short_folder: Path) -> None:
