@@ -51,6 +51,16 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     """The folder of the topology's sections, one file per authority."""
     trusted_keys_dir: Text
     """Public keys of every authority whose tokens are accepted; read again when an unknown key id shows up."""
+    authority: Text = "central"
+    """Whose process this is: its section of the topology is changed here, and its names win over another's."""
+    peers: dict[str, str] = {}
+    """URL of a router of every other authority: its section and its public keys are copied from there."""
+    peer_token_file: str = ""
+    """A file with the token of this authority, role `peer`, that the peers' routers are shown."""
+    peer_ca_file: str = ""
+    """PEM of the certificate authority of the peers' https URLs; "" for the system's."""
+    peer_poll_s: Seconds = 2.0
+    """How often the peers are asked."""
     forward_deadline_s: Seconds = 10.0
     """How long a forwarded request may take, beyond the time a get_job asked to wait."""
     link_stall_s: Seconds = 0.6
@@ -151,6 +161,8 @@ class ShardSettings(Settings, frozen=True, kw_only=True):
     """Where health and metrics are served: `unix:/path` or `tcp:host:port`."""
     topology_dir: Text
     """The folder of the topology's sections, one file per authority."""
+    authority: Text = "central"
+    """Whose process this is: its section of the topology is changed here, and its names win over another's."""
     redis: Text
     """`unix:///path` or `redis://..` of a Valkey or Redis >= 7."""
     database: DatabaseSettings
@@ -180,6 +192,8 @@ class MonitorSettings(Settings, frozen=True, kw_only=True):
     """The folder of the topology's sections, one file per authority."""
     trusted_keys_dir: Text
     """Public keys of every authority whose tokens are accepted."""
+    authority: Text = "central"
+    """Whose process this is: its section of the topology is changed here, and its names win over another's."""
     shard_deadline_s: Seconds = 0.8
     """How long a shard may take to answer; later it is named as missing."""
     link_stall_s: Seconds = 0.6

@@ -7,6 +7,7 @@ until they expire. Verifiers read the folder again when a kid is new to them, so
 
 import logging
 import os
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -39,6 +40,9 @@ MAX_NAME_CHARS: Final = 128
 CACHED: Final = 20_000
 RELOAD_S: Final = 1.0
 """A folder of keys that looks unchanged is read no more often, whatever unknown kids are shown."""
+
+_KID: Final = re.compile(r"[A-Za-z0-9]+-[A-Za-z0-9-]+")
+"""What may become the name of a file."""
 
 log = logging.getLogger("culm.tokens")
 
@@ -90,6 +94,32 @@ class KeyRing:
         return jwt.encode(
             claims | times | {"aud": AUDIENCE, "iss": principal.authority}, key, ALGORITHM, headers={"kid": kid}
         )
+
+
+def public_keys(trusted: Path, authority: str) -> dict[str, str]:
+    """The trusted public keys of an authority, PEM by kid."""
+    return {path.stem: path.read_text(encoding="ascii") for path in sorted(trusted.glob(f"{authority}-*.pub"))}
+
+
+def adopt_keys(trusted: Path, authority: str, keys: dict[str, str]) -> bool:
+    """Trust exactly these keys of another authority from now on; whether anything changed.
+
+    An answer without keys changes nothing: an authority always has one.
+
+    Raises ClientFault(bad_key) for what is no Ed25519 key of that authority. Safe to retry: yes.
+    """
+    for kid, text in keys.items():
+        if not _KID.fullmatch(kid) or kid.partition("-")[0] != authority or not _is_public_key(text):
+            raise ClientFault("bad_key", f"{kid[:80]!r} is no key of {authority}")
+    known = public_keys(trusted, authority)
+    if not keys or keys == known:
+        return False
+    for kid, text in keys.items():
+        if known.get(kid) != text:
+            _replace(trusted / f"{kid}.pub", text.encode("ascii"))
+    for kid in known.keys() - keys.keys():
+        (trusted / f"{kid}.pub").unlink(missing_ok=True)
+    return True
 
 
 class Verifier:
@@ -188,6 +218,13 @@ class Verifier:
         self._load()
 
 
+def _is_public_key(text: str) -> bool:
+    try:
+        return isinstance(load_pem_public_key(text.encode("ascii")), Ed25519PublicKey)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+
+
 def _refused(code: str, message: str) -> ClientFault:
     return ClientFault(code, message, http_status=401)
 
@@ -208,3 +245,10 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.rename(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Never seen half written. The name of the new file is its process's own: several may do this at once."""
+    beside = path.with_suffix(f".{os.getpid()}.new")
+    beside.write_bytes(content)
+    beside.replace(path)

@@ -9,7 +9,7 @@ registered, and stored.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +23,8 @@ from culm.wire import Name, OptionalName, SlotRef
 CENTRAL: Final = "central"
 SLOT_BLOCKS: Final = {CENTRAL: (0, 12287), "CERN": (12288, 16383)}
 """The slot numbers of each authority, inclusive; one block never reaches into another."""
+
+N = TypeVar("N")
 
 QueueStatus = Literal["online", "offline", "test", "brokeroff"]
 Amount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -103,9 +105,16 @@ class SiteRegistration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class Topology:
-    """Every known section, with the indexes that resolve a request. Immutable; raises as `validate` does."""
+    """Every known section, with the indexes that resolve a request. Immutable; raises as `validate` does.
 
-    def __init__(self, sections: Iterable[Section]) -> None:
+    Args:
+        sections: one per authority.
+        home: whose names win where two authorities give the same name to a shard, region, site or computing queue:
+            what another authority decides while it cannot be reached must never break this one. The names that are
+            passed over are told in `clashes`. None refuses such sections with ClientFault(bad_topology).
+    """
+
+    def __init__(self, sections: Iterable[Section], home: str | None = None) -> None:
         self.sections: dict[str, Section] = {}
         self.placement: dict[int, Placement] = {}
         self.shards: dict[str, Shard] = {}
@@ -114,33 +123,41 @@ class Topology:
         self.site_of_queue: dict[str, str] = {}
         self.site_of_slot: dict[int, str] = {}
         self.region_of_slot: dict[int, str] = {}
-        for section in sections:
+        self.clashes: list[str] = []
+        """What is passed over, a sentence each."""
+        self._home = home
+        for section in sorted(sections, key=lambda one: (one.authority != home, one.authority)):
             self._add(section)
 
     def _add(self, section: Section) -> None:
         validate(section)
         self.sections[section.authority] = section
-        for mine, theirs, what in (
-            (self.shards, section.shards, "shard"),
-            (self.regions, section.regions, "region"),
-            (self.sites, section.sites, "site"),
-        ):
-            for twice in mine.keys() & theirs.keys():
-                raise ClientFault("bad_topology", f"{what} {twice} is named by two authorities")
-        self.shards.update(section.shards)
-        self.regions.update(section.regions)
-        self.sites.update(section.sites)
-        self.placement.update(section.placement)
+        shards = self._merge(self.shards, section.shards, section, "shard")
+        regions = self._merge(self.regions, section.regions, section, "region")
+        ours = {name: site for name, site in section.sites.items() if site.region in regions}
+        sites = self._merge(self.sites, ours, section, "site")
+        self.placement.update({slot: place for slot, place in section.placement.items() if place.shard in shards})
         for name, region in section.regions.items():
-            self.region_of_slot[region.slot] = name
+            self.region_of_slot[region.slot] = name if name in regions else f"{section.authority}:{name}"
         for name, site in section.sites.items():
-            for queue in site.queues:
-                if queue in self.site_of_queue:
-                    raise ClientFault("bad_topology", f"computing queue {queue} is named by two sites")
-                self.site_of_queue[queue] = name
             for slot in site.slots:
-                self.site_of_slot[slot] = name
-                self.region_of_slot[slot] = site.region
+                self.site_of_slot[slot] = name if name in sites else f"{section.authority}:{name}"
+                self.region_of_slot[slot] = (
+                    site.region if site.region in regions else f"{section.authority}:{site.region}"
+                )
+        queues = {queue: name for name, site in sites.items() for queue in site.queues}
+        self._merge(self.site_of_queue, queues, section, "computing queue")
+
+    def _merge(self, known: dict[str, N], more: dict[str, N], section: Section, what: str) -> dict[str, N]:
+        """Add to `known` what no other authority has named before; what was added."""
+        for name in sorted(known.keys() & more.keys()):
+            clash = f"{what} {name} is named by {section.authority} and by another authority"
+            if self._home is None:
+                raise ClientFault("bad_topology", clash)
+            self.clashes.append(clash)
+        added = {name: one for name, one in more.items() if name not in known}
+        known.update(added)
+        return added
 
     @property
     def epochs(self) -> dict[str, int]:
@@ -274,6 +291,42 @@ def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Sect
     if sites == section.sites and regions == section.regions:
         return section
     changed = msgspec.structs.replace(section, epoch=epoch, sites=sites, regions=regions, placement=placement)
+    validate(changed)
+    return changed
+
+
+def add_shard(section: Section, name: str, shard: Shard, region: str, *, strict: bool = False) -> Section:
+    """The section with a shard more, one epoch later; the same section if it is there already. Nothing moves.
+
+    Args:
+        section: what to build on.
+        name: of the shard.
+        shard: its link and weight.
+        region: takes the shard for the sites registered there from now on; made, with a slot on this shard, if it is
+            new; "" leaves the shard to regions that come later.
+        strict: of a new region.
+
+    Raises:
+        Conflict: shard_exists (with another link or weight, or outside of the region), out_of_slots.
+        ClientFault: bad_topology.
+    """
+    known = section.shards.get(name)
+    at_home = not region or (region in section.regions and name in section.regions[region].shards)
+    if known is not None:
+        if known != shard or not at_home:
+            raise Conflict("shard_exists", f"shard {name} exists with other properties: link {known.link}")
+        return section
+    epoch = section.epoch + 1
+    regions, placement = dict(section.regions), dict(section.placement)
+    if region in regions:
+        regions[region] = msgspec.structs.replace(regions[region], shards=[*regions[region].shards, name])
+    elif region:
+        slot = next(_free_slots(section))
+        regions[region] = Region(slot=slot, shards=[name], strict=strict)
+        placement[slot] = Placement(name, epoch)
+    changed = msgspec.structs.replace(
+        section, epoch=epoch, shards=section.shards | {name: shard}, regions=regions, placement=placement
+    )
     validate(changed)
     return changed
 

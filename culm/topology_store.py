@@ -1,5 +1,8 @@
 """The topology on disk: one file per authority, `<folder>/<authority>.json`, replaced as a whole.
 
+Every authority has a folder of its own. In it its own section is the original, and those of the others are copies: the
+last good ones, brought up to date while those authorities can be reached (`adopt`).
+
 A change is made under a lock, against the epoch that its author saw, with a copy of what was before in `history/` and
 one line in `audit.jsonl`. Readers hold their last good copy: a file that is missing or broken for a moment changes
 nothing for them.
@@ -32,12 +35,12 @@ class Who(msgspec.Struct, frozen=True, kw_only=True):
     at: float
 
 
-def load(folder: Path) -> Topology:
-    """Read every section. Raises ClientFault(bad_topology) if one is broken or none is there."""
+def load(folder: Path, home: str | None = None) -> Topology:
+    """Read every section; `home` as in Topology. Raises ClientFault(bad_topology) if one is broken or none is there."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ClientFault("bad_topology", f"{folder} holds no section of a topology")
-    return Topology(_read(path) for path in files)
+    return Topology((_read(path) for path in files), home)
 
 
 def load_section(folder: Path, authority: str) -> Section:
@@ -72,7 +75,8 @@ def change(
         expected: the epoch that the author saw; None to build on whatever is there.
 
     Raises:
-        Conflict: epoch_changed. ClientFault: unknown_authority, bad_topology, and what `edit` raises.
+        Conflict: epoch_changed, or name_taken for a name that another authority has given already.
+        ClientFault: unknown_authority, bad_topology, and what `edit` raises.
 
     Safe to retry: as the edit is.
     """
@@ -85,8 +89,12 @@ def change(
             return before
         if after.epoch != before.epoch + 1:
             raise ClientFault("bad_topology", f"the epoch must grow by one, from {before.epoch}")
-        others = (section for name, section in load(folder).sections.items() if name != authority)
-        Topology([*others, after])
+        others = [section for name, section in load(folder, authority).sections.items() if name != authority]
+        # Clashes that came about while the authorities could not see each other are no reason to refuse other changes.
+        known = Topology([*others, before], authority).clashes
+        for clash in Topology([*others, after], authority).clashes:
+            if clash not in known:
+                raise Conflict("name_taken", clash)
         history = folder / HISTORY
         history.mkdir(mode=0o700, exist_ok=True)
         _replace(history / f"{authority}-{before.epoch}.json", before)
@@ -95,13 +103,30 @@ def change(
         return after
 
 
-class TopologyCache:
-    """The topology as last read well; a look for a newer one costs a few stat calls."""
+def adopt(folder: Path, section: Section) -> bool:
+    """Keep a copy of another authority's section, if it is newer than the one here; whether it was.
 
-    def __init__(self, folder: str | Path) -> None:
+    Raises ClientFault(bad_topology) for a section that does not hold together. Safe to retry: yes.
+    """
+    validate(section)
+    with _locked(folder):
+        path = folder / f"{section.authority}.json"
+        if path.exists():
+            with contextlib.suppress(ClientFault):
+                if load_section(folder, section.authority).epoch >= section.epoch:
+                    return False
+        _replace(path, section)
+        return True
+
+
+class TopologyCache:
+    """The topology as last read well; a look for a newer one costs a few stat calls. `home` as in Topology."""
+
+    def __init__(self, folder: str | Path, home: str | None = None) -> None:
         self._folder = Path(folder)
+        self._home = home
         self._seen: tuple[tuple[str, int, int], ...] = ()
-        self.current = Topology([])
+        self.current = Topology([], home)
         self.refresh_if_changed()
 
     def refresh_if_changed(self) -> bool:
@@ -117,11 +142,13 @@ class TopologyCache:
             )
             if seen == self._seen:
                 return False
-            self.current = Topology((self.current.sections | self._good_sections()).values())
+            self.current = Topology((self.current.sections | self._good_sections()).values(), self._home)
         except (ClientFault, OSError) as error:
             log.warning("the topology stays at %s: %s", self.current.epochs, error)
             return False
         self._seen = seen
+        for clash in self.current.clashes:
+            log.warning("passed over: %s", clash)
         return True
 
     def _good_sections(self) -> dict[str, Section]:

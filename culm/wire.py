@@ -359,7 +359,7 @@ class JobsAnswer(Answer, frozen=True, kw_only=True):
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
     """Who a verified token speaks for."""
 
-    role: Literal["pilot", "user", "admin"]
+    role: Literal["pilot", "user", "admin", "peer"]
     subject: str
     authority: str
     vo: str = ""

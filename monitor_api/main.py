@@ -34,7 +34,7 @@ class Monitor:
 
     def __init__(self, settings: MonitorSettings) -> None:
         self._settings = settings
-        self._topology = TopologyCache(settings.topology_dir)
+        self._topology = TopologyCache(settings.topology_dir, settings.authority)
         options = LinkOptions(stall_s=settings.link_stall_s, tls=settings.link_tls)
         self._links = ShardLinks(lambda: self._topology.current, options)
         self._verifier = Verifier(settings.trusted_keys_dir)

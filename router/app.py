@@ -25,7 +25,7 @@ from culm.wire import (
     ReportRequest,
     SubmitRequest,
 )
-from router import dialects, door, pilots, registry, users
+from router import dialects, door, peers, pilots, registry, users
 from router.forward import Forward
 from router.submit import submit
 
@@ -43,7 +43,8 @@ class Front:
     def __init__(self, settings: RouterSettings, forward: Forward, verifier: Verifier) -> None:
         self._forward = forward
         self._verifier = verifier
-        self._folder = Path(settings.topology_dir)
+        self._settings = settings
+        self._home = registry.Home(Path(settings.topology_dir), settings.authority)
         self.orphans = pilots.Orphans(forward.links)
         forward.links.on_orphan = self.orphans.crossed
 
@@ -51,19 +52,21 @@ class Front:
         """The application with all routes."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
         app.add_routes(service.health_routes("router", ready))
-        forward, folder = self._forward, self._folder
+        forward, home = self._forward, self._home
         app.add_routes(
             [
                 self._post("submit", SubmitRequest, lambda who, body: submit(forward, who, body)),
                 self._post("heartbeat", HeartbeatRequest, lambda who, body: pilots.heartbeat(forward, who, body)),
                 self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
-                self._post("sites", registry.SitesRequest, lambda who, body: registry.register(folder, who, body)),
-                self._post("queue", registry.QueueRequest, lambda who, body: registry.set_fields(folder, who, body)),
+                self._post("sites", registry.SitesRequest, lambda who, body: registry.register(home, who, body)),
+                self._post("queue", registry.QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
+                self._post("shard", registry.ShardRequest, lambda who, body: registry.join(home, who, body)),
                 web.post("/v1/get_job", self._get_job),
                 self._get("job", "/v1/job/{id}", self._job),
                 self._get("jobs", "/v1/jobs", self._jobs),
                 self._get("topology", "/v1/topology", self._topology),
+                self._get("authority", "/v1/authority", self._authority),
             ]
         )
         return app
@@ -105,6 +108,9 @@ class Front:
 
     async def _topology(self, principal: Principal, _request: web.Request) -> msgspec.Struct:
         return registry.show(principal, self._forward.fresh_topology())
+
+    async def _authority(self, principal: Principal, _request: web.Request) -> msgspec.Struct:
+        return await peers.tell(self._settings, principal, self._forward.fresh_topology())
 
     def _post(
         self, verb: str, kind: type[M], use_case: Callable[[Principal, M], Awaitable[msgspec.Struct]]

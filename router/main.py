@@ -21,6 +21,7 @@ from culm.topology_store import TopologyCache
 from router import door
 from router.app import Front
 from router.forward import Forward
+from router.peers import Peers
 
 RESTART_PAUSE_S: Final = 0.2
 STOP_S: Final = 15.0
@@ -112,7 +113,7 @@ def _work(settings: RouterSettings) -> None:
 
 
 async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
-    topology = TopologyCache(settings.topology_dir)
+    topology = TopologyCache(settings.topology_dir, settings.authority)
     options = LinkOptions(stall_s=settings.link_stall_s, window=settings.link_window, tls=settings.link_tls)
     links = ShardLinks(lambda: topology.current, options)
     verifier = Verifier(settings.trusted_keys_dir)
@@ -129,6 +130,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     await follow()
     loops.every(settings.topology_poll_s, "topology", follow)
     loops.every(KEYS_POLL_S, "keys", verifier.poll)
+    loops.every(settings.peer_poll_s, "peers", Peers(settings).poll)
     # handler_cancellation: a pilot that hangs up while it waits must not be given a job.
     runner = web.AppRunner(
         front.app(ready), access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=75

@@ -41,7 +41,7 @@ class Shard:
 
     def __init__(self, settings: ShardSettings) -> None:
         self.settings = settings
-        self.topology = TopologyCache(settings.topology_dir)
+        self.topology = TopologyCache(settings.topology_dir, settings.authority)
         self.database = Database(settings.database, process=settings.process)
         self.classes = ClassRegistry()
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from culm.client import Client
-from culm.tokens import KeyRing
 from culm.wire import Principal
 from ops.cli import audit
 from ops.cluster import control
@@ -44,15 +44,14 @@ class Cluster:
         self.process = process
 
     @property
-    def status(self) -> control.Status:
-        """What the supervisor last said."""
-        told = control.status(self.layout.folder)
-        assert told is not None
-        return told
+    def processes(self) -> list[control.ProcessStatus]:
+        """All processes of all authorities, as their supervisors last said."""
+        told = [control.status(home.folder) for home in self.layout.homes]
+        return [process for one in told if one is not None for process in one.processes]
 
     def one(self, name: str) -> control.ProcessStatus:
         """One process of it."""
-        return next(process for process in self.status.processes if process.name == name)
+        return next(process for process in self.processes if process.name == name)
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal to one of its processes; the pid that it had."""
@@ -76,11 +75,10 @@ class Cluster:
 
     def token(self, principal: Principal, valid_s: float = 3600.0) -> str:
         """A token of the principal's authority."""
-        folder = self.layout.keys / principal.authority
-        return KeyRing(folder, self.layout.trusted, principal.authority).issue(principal, valid_s)
+        return self.layout.home(principal.authority).ring.issue(principal, valid_s)
 
     def client(self, principal: Principal, **options: Any) -> Client:
-        """A client of its router; use it as a context manager."""
+        """A client of the central router; use it as a context manager."""
         return Client(self.layout.router_url, self.token(principal), **options)
 
     def audit(self) -> list[str]:
@@ -105,7 +103,7 @@ def culm(*words: str, folder: Path, timeout_s: float = 60.0, **options: Any) -> 
 @contextmanager
 def cluster(folder: Path, environment: dict[str, str] | None = None) -> Iterator[Cluster]:
     """Start a cluster in a folder that need not exist, with scaled time-outs; ends it and all its processes."""
-    layout = Layout(folder, servers.free_ports(2))
+    layout = Layout(folder, servers.free_ports(4))
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "ops", "up", "--foreground", "--dir", str(folder), "--port", str(layout.port)],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | SCALED | (environment or {}),
@@ -134,11 +132,11 @@ def die_with_parent() -> None:
 @contextmanager
 def pilot(running: Cluster, queue: str, work: Path, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
     """A real pilot process; killed at the end if it still runs."""
-    authority = "CERN" if queue.startswith("CERN") else "central"
+    home = running.layout.home("CERN" if queue.startswith("CERN") else "central")
     process = subprocess.Popen(
         [
-            *(sys.executable, "-P", "-m", "pilot", "--server", running.layout.router_url, "--queue", queue),
-            *("--token-file", str(running.layout.tokens / f"{authority}.pilot"), "--work-dir", str(work)),
+            *(sys.executable, "-P", "-m", "pilot", "--server", home.router_url, "--queue", queue),
+            *("--token-file", str(home.tokens / f"{home.authority}.pilot"), "--work-dir", str(work)),
             *options,
         ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -156,7 +154,7 @@ def pilot(running: Cluster, queue: str, work: Path, *options: str) -> Iterator["
 
 def processes_of(folder: Path) -> list[int]:
     """Every process that has the folder, or the folder of its sockets, in its command line."""
-    marks = [str(folder).encode(), str(Layout(folder).sockets).encode()]
+    marks = [str(folder).encode(), *(str(home.sockets).encode() for home in Layout(folder).homes)]
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -166,6 +164,12 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+def remove_sockets(folder: Path) -> None:
+    """What a killed cluster leaves outside of its folder."""
+    for home in Layout(folder).homes:
+        shutil.rmtree(home.sockets, ignore_errors=True)
+
+
 def decoded(done: "subprocess.CompletedProcess[str]") -> Any:
     """The JSON that a command printed."""
     assert done.returncode == 0, done.stderr
@@ -173,6 +177,7 @@ def decoded(done: "subprocess.CompletedProcess[str]") -> Any:
 
 
 def _is_up(folder: Path, process: "subprocess.Popen[bytes]") -> bool:
-    told = control.status(folder)
-    assert process.poll() is None, f"the supervisor ended with {process.returncode}: {told.failure if told else ''}"
-    return told is not None and told.alive and told.phase == "up"
+    told = [control.status(home.folder) for home in Layout(folder).homes]
+    failures = [one.failure for one in told if one is not None]
+    assert process.poll() is None, f"the supervisors ended with {process.returncode}: {failures}"
+    return all(one is not None and one.alive and one.phase == "up" for one in told)

@@ -115,7 +115,7 @@ async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[Runni
     port = free_ports(1)
     values = {"topology_dir": str(topology_dir), "trusted_keys_dir": str(folder / "trusted"), "port": port}
     options = RouterSettings(**(values | settings))
-    topology = TopologyCache(options.topology_dir)
+    topology = TopologyCache(options.topology_dir, options.authority)
     links = ShardLinks(lambda: topology.current, LinkOptions(stall_s=options.link_stall_s, window=options.link_window))
     forward = Forward(topology, links, options.forward_deadline_s)
     verifier = Verifier(options.trusted_keys_dir)

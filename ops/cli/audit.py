@@ -10,9 +10,11 @@ from rich.table import Table
 
 from culm import settings, topology_store
 from culm.errors import ClientFault
+from culm.topology import Topology
 from ops import audit as auditing
 from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console
+from ops.cluster.layout import Layout
 
 
 @click.command()
@@ -55,13 +57,18 @@ def audit(folder: Path, output: str, configs: tuple[Path, ...]) -> None:
 
 def run(folder: Path, configs: tuple[Path, ...] = ()) -> auditing.AuditReport:
     """Audit the cluster in a folder. Raises ClientFault(no_cluster), Unavailable."""
-    shards = [_shard(path) for path in configs]
-    if not shards:
-        known = topology_store.load(folder / "topology").shards if (folder / "topology").is_dir() else {}
-        shards = [_shard(folder / "config" / f"{name}.toml") for name in known]
+    shards = [_shard(path) for path in configs] or [
+        _shard(home.configs / f"{name}.toml")
+        for home in Layout(folder).homes
+        if home.topology.is_dir()
+        for name in topology_store.load_section(home.topology, home.authority).shards
+    ]
     if not shards:
         raise ClientFault("no_cluster", f"{folder} holds no cluster", http_status=404)
-    return asyncio.run(auditing.audit(shards, topology_store.load(Path(shards[0].topology_dir))))
+    # Of each authority the original: another's folder has a copy that may be older.
+    originals = {one.authority: topology_store.load_section(Path(one.topology_dir), one.authority) for one in shards}
+    copies = topology_store.load(Path(shards[0].topology_dir), shards[0].authority).sections
+    return asyncio.run(auditing.audit(shards, Topology((copies | originals).values(), shards[0].authority)))
 
 
 def _shard(path: Path) -> settings.ShardSettings:

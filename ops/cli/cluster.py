@@ -12,83 +12,113 @@ from rich.table import Table
 
 from culm.errors import ClientFault
 from ops.cli import exits
-from ops.cli.options import DIR, OUTPUT, PORT, console
+from ops.cli.options import DIR, OUTPUT, PORT, Option, console
 from ops.cluster import control
-from ops.cluster.layout import Layout
+from ops.cluster.layout import FIRST_SHARDS, Layout
+
+REGION: Option = click.option(
+    "--region",
+    type=click.Choice(list(FIRST_SHARDS)),
+    default=None,
+    help="Only this authority's part.  [default: all]",
+)
 
 
 @click.command()
 @DIR
 @PORT
+@REGION
 @click.option("--foreground", is_flag=True, help="Stay until SIGTERM or Ctrl-C, then end the cluster.")
-def up(folder: Path, port: int | None, *, foreground: bool) -> None:
-    """Start a cluster on this machine: a router, three shards with their databases, the monitor.
+def up(folder: Path, port: int | None, region: str | None, *, foreground: bool) -> None:
+    """Start a cluster on this machine: three shards with their databases, routers and monitors.
+
+    CERN is an authority of its own, with its own shard, router, monitor and supervisor: --region CERN starts it alone,
+    --region central all but it.
 
     \b
     Examples:
       culm up
       culm up --dir /data/second --port 26080
+      culm up --region CERN
       culm up --foreground
     """
     if foreground:
-        control.become(_layout(folder, port))
-    start(folder, port)
+        sys.exit(control.stay(_homes(folder, port, region)))
+    start(folder, port, region)
 
 
-def start(folder: Path, port: int | None) -> Layout:
-    """Start, with a spinner; the layout of what runs."""
-    layout = _layout(folder, port)
+def start(folder: Path, port: int | None, region: str | None = None) -> Layout:
+    """Start, with a spinner; the home of the first that runs."""
+    homes = _homes(folder, port, region)
     console = Console(stderr=True)
     with console.status("starting") as spinner:
-        control.up(layout, spinner.update)
-    click.echo(f"up: router {layout.router_url}, monitor {layout.monitor_url}, in {folder}", err=True)
-    return layout
+        control.up(homes, spinner.update)
+    for home in homes:
+        click.echo(f"up: {home.authority} router {home.router_url}, monitor {home.monitor_url}", err=True)
+    return homes[0]
 
 
-def _layout(folder: Path, port: int | None) -> Layout:
+def _homes(folder: Path, port: int | None, region: str | None) -> list[Layout]:
     """At the port that was asked for, else where the cluster was before."""
-    known = control.status(folder)
-    return Layout(folder, port or (known.port if known else 0) or Layout(folder).port)
+    layout = Layout(folder)
+    known = [told.port + layout.port - home.port for home in layout.homes if (told := control.status(home.folder))]
+    homes = Layout(folder, port or next(iter(known), layout.port)).homes
+    return [home for home in homes if region in {None, home.authority}]
 
 
 @click.command()
 @DIR
-def down(folder: Path) -> None:
+@REGION
+def down(folder: Path, region: str | None) -> None:
     """Stop the cluster: exactly what `culm up` started. Its data stays.
 
     \b
     Examples:
       culm down
       culm down --dir /data/second
+      culm down --region CERN
     """
-    click.echo("stopped" if control.down(folder) else f"nothing runs in {folder}", err=True)
+    stopped = [home.authority for home in _homes(folder, None, region) if control.down(home.folder)]
+    click.echo(f"stopped {', '.join(stopped)}" if stopped else f"nothing runs in {folder}", err=True)
 
 
 @click.command()
 @DIR
 @OUTPUT
 def status(folder: Path, output: str) -> None:
-    """Show the processes of the cluster. Exit code 4 if it is not up.
+    """Show the processes of the cluster. Exit code 4 if none is up.
 
     \b
     Examples:
       culm status
       culm status -o json
     """
-    told = control.status(folder)
-    up_now = told is not None and told.alive
-    if told is None or not up_now:
+    told = {home.authority: control.status(home.folder) for home in Layout(folder).homes}
+    alive = {authority: one for authority, one in told.items() if one is not None and one.alive}
+    if not alive:
         click.echo(f"no cluster runs in {folder}: culm up --dir {folder}" if output == "table" else '{"phase": "down"}')
         sys.exit(exits.UNAVAILABLE)
+    phases = {authority: alive[authority].phase if authority in alive else "down" for authority in told}
     if output == "json":
-        rows = [{"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts} for p in told.processes]
-        click.echo(json.dumps({"phase": told.phase, "port": told.port, "processes": rows}))
+        rows = [
+            {"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts, "authority": authority}
+            for authority, one in alive.items()
+            for p in one.processes
+        ]
+        phase = "up" if set(phases.values()) == {"up"} else next(p for p in phases.values() if p != "up")
+        ports = {authority: one.port for authority, one in alive.items()}
+        click.echo(json.dumps({"phase": phase, "phases": phases, "ports": ports, "processes": rows}))
         return
-    table = Table("process", "pid", "state", "restarts", "for")
-    for process in told.processes:
-        age = f"{time.time() - process.since:.0f} s"
-        table.add_row(process.name, str(process.pid), process.state, str(process.restarts), age)
+    table = Table("authority", "process", "pid", "state", "restarts", "for")
+    for authority, one in alive.items():
+        for process in one.processes:
+            age = f"{time.time() - process.since:.0f} s"
+            pid = str(process.pid)
+            table.add_row(authority, process.name, pid, process.state, str(process.restarts), age)
     console().print(table)
+    for authority, phase in phases.items():
+        if phase != "up":
+            click.echo(f"{authority}: {phase}")
 
 
 @click.command()
@@ -103,7 +133,7 @@ def logs(folder: Path, follow: bool, names: tuple[str, ...]) -> None:
       culm logs us1 router
       culm logs -f
     """
-    found = sorted((folder / "logs").glob("*.log"))
+    found = [path for home in Layout(folder).homes for path in sorted(home.logs.glob("*.log"))]
     if names:
         unknown = set(names) - {path.stem for path in found}
         if unknown:

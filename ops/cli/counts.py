@@ -9,14 +9,15 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import CountsAnswer
-from ops.cli.options import DIR, OUTPUT, console, monitor
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
 
 
 @click.command()
 @DIR
+@AUTHORITY
 @OUTPUT
 @click.option("--by", type=click.Choice(["region", "site"]), default="region", show_default=True)
-def counts(folder: Path, output: str, by: str) -> None:
+def counts(folder: Path, authority: str, output: str, by: str) -> None:
     """Show the merged counts of all shards by state; shards that gave no answer are named.
 
     \b
@@ -26,7 +27,7 @@ def counts(folder: Path, output: str, by: str) -> None:
     """
 
     async def ask() -> CountsAnswer:
-        async with monitor(folder) as client:
+        async with monitor(folder, authority) as client:
             return await client.counts()
 
     answer = asyncio.run(ask())

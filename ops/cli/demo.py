@@ -19,9 +19,11 @@ from culm.wire import JobSpec, JobsQuery, SubmitRequest
 from ops.cli import exits
 from ops.cli.cluster import start
 from ops.cli.options import DIR, PORT, console, router
-from ops.cluster.layout import AUTHORITIES, REGIONS, Layout, default_folder
+from ops.cluster.layout import FIRST_SHARDS, Layout, default_folder
 from ops.cluster.plan import DEMO_SITES
 
+REGIONS: Final = {region: authority for authority, shards in FIRST_SHARDS.items() for region in shards.values()}
+"""Each region with the authority that it belongs to."""
 JOBS_PER_REGION: Final = 20
 PILOTS_PER_REGION: Final = 2
 DEADLINE_S: Final = 110.0
@@ -49,7 +51,7 @@ def demo(folder: Path, port: int | None) -> None:
 
 def _demonstrate(layout: Layout) -> None:
     began = time.monotonic()
-    pilots = [_pilot(layout, region, number) for region in REGIONS.values() for number in range(PILOTS_PER_REGION)]
+    pilots = [_pilot(layout, region, number) for region in REGIONS for number in range(PILOTS_PER_REGION)]
     try:
         states = asyncio.run(_run(layout))
     finally:
@@ -68,7 +70,7 @@ async def _run(layout: Layout) -> Counter[State]:
     ids: list[int] = []
     jobsets = []
     async with router(layout.folder) as client:
-        for region in REGIONS.values():
+        for region in REGIONS:
             specs = [
                 JobSpec(  # noqa: S604  # the payload of a job, run by its pilot
                     region=region if n % 2 else "",
@@ -99,14 +101,14 @@ async def _run(layout: Layout) -> Counter[State]:
 
 
 def _pilot(layout: Layout, region: str, number: int) -> "subprocess.Popen[bytes]":
-    shard = next(name for name, owner in REGIONS.items() if owner == region)
-    log = (layout.logs / f"pilot-{region}-{number}.log").open("ab")
+    home = layout.home(REGIONS[region])
+    log = (home.logs / f"pilot-{region}-{number}.log").open("ab")
     with log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "pilot", "--server", layout.router_url),
+                *(sys.executable, "-P", "-m", "pilot", "--server", home.router_url),
                 *("--queue", f"{DEMO_SITES[region]}-q", "--wait", "5"),
-                *("--token-file", str(layout.tokens / f"{AUTHORITIES[shard]}.pilot")),
+                *("--token-file", str(home.tokens / f"{home.authority}.pilot")),
                 *("--name", f"demo-{region}-{number}", "--work-dir", str(layout.folder / "pilots")),
             ],
             stdin=subprocess.DEVNULL,

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from culm.client import Client
 from culm.errors import ClientFault
+from culm.topology import CENTRAL
 from ops.cluster import control
-from ops.cluster.layout import DEFAULT_PORT, default_folder
+from ops.cluster.layout import DEFAULT_PORT, FIRST_SHARDS, Layout, default_folder
 
 F = TypeVar("F", bound=Callable[..., object] | click.Command)
 
@@ -38,14 +39,20 @@ DIR: Option = click.option(
 )
 PORT: Option = click.option(
     "--port",
-    type=click.IntRange(1, 65534),
-    help=f"The router's port; the monitor has the next.  [default: {DEFAULT_PORT}, or where it was before]",
+    type=click.IntRange(1, 65532),
+    help=f"The central router's port; its monitor and CERN's router and monitor have the next three."
+    f"  [default: {DEFAULT_PORT}, or where it was before]",
 )
 OUTPUT: Option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
 AUTHORITY: Option = click.option(
-    "--authority", default="central", show_default=True, help="Which authority's token to use."
+    "--authority",
+    type=click.Choice(list(FIRST_SHARDS)),
+    default=CENTRAL,
+    show_default=True,
+    envvar="CULM_AUTHORITY",
+    help="Whose router to ask, with whose token. [$CULM_AUTHORITY]",
 )
 
 
@@ -59,20 +66,22 @@ def console() -> Console:
     return Console(width=width, markup=False, highlight=False)
 
 
-def token(folder: Path, role: str, authority: str = "central") -> str:
-    """The cluster's own token of a role. Raises ClientFault(no_token)."""
-    path = folder / "tokens" / f"{authority}.{role}"
+def token(folder: Path, role: str, authority: str = CENTRAL) -> str:
+    """The command line's own token of a role. Raises ClientFault(no_token)."""
+    path = Layout(folder).home(authority).tokens / f"{authority}.{role}"
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         raise ClientFault("no_token", f"cannot read {path}; is {folder} a cluster?") from None
 
 
-def router(folder: Path, role: str = "user", *, authority: str = "central") -> Client:
-    """A client of the cluster's router. Raises Unavailable(not_running)."""
-    return Client(control.running(folder).router_url, token(folder, role, authority), patience_s=10.0)
+def router(folder: Path, role: str = "user", *, authority: str = CENTRAL) -> Client:
+    """A client of an authority's router. Raises Unavailable(not_running)."""
+    url = control.running(folder, authority).router_url
+    return Client(url, token(folder, role, authority), patience_s=10.0)
 
 
-def monitor(folder: Path) -> Client:
-    """A client of the cluster's monitor. Raises Unavailable(not_running)."""
-    return Client(control.running(folder).monitor_url, token(folder, "admin"), patience_s=10.0)
+def monitor(folder: Path, authority: str = CENTRAL) -> Client:
+    """A client of an authority's monitor. Raises Unavailable(not_running)."""
+    url = control.running(folder, authority).monitor_url
+    return Client(url, token(folder, "admin", authority), patience_s=10.0)

@@ -34,7 +34,7 @@ def run(*, folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: f
       culm pilot run --queue BNL-q --idle-exit 60
       culm pilot run --queue BNL-q -- --wait 5 --heartbeat 10
     """
-    layout = control.running(folder)
+    layout = control.running(folder, authority)
     command = [
         *(sys.executable, "-P", "-m", "pilot", "--server", layout.router_url, "--queue", queue),
         *("--token-file", str(layout.tokens / f"{authority}.pilot"), "--work-dir", str(layout.folder / "pilots")),

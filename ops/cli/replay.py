@@ -11,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from culm.errors import ClientFault
-from culm.tokens import KeyRing
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import Principal
 from loadtest import workload_log
 from loadtest.replay import Plan, Replay, ReplayReport, queue_of
 from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console, router, token
+from ops.cli.site import settle
 from ops.cluster import control
 from router.registry import ChangedAnswer, SitesRequest, TopologyAnswer
 
@@ -58,7 +58,7 @@ async def _run(folder: Path, plan: Plan) -> ReplayReport:
     layout = control.running(folder)
     replay = Replay(plan)
     authority_of = await _register(folder, replay.sites)
-    ring = KeyRing(layout.keys / CENTRAL, layout.trusted, CENTRAL)
+    ring = layout.ring
     if not ring.kids():
         raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {CENTRAL}", http_status=404)
 
@@ -108,7 +108,8 @@ async def _register(folder: Path, sites: list[str]) -> dict[str, str]:
             if authority_of[site] == authority
         ]
         async with router(folder, "admin", authority=authority) as client:
-            await client.post("sites", SitesRequest(sites=wanted, reason="replay of a log"), ChangedAnswer)
+            answer = await client.post("sites", SitesRequest(sites=wanted, reason="replay of a log"), ChangedAnswer)
+        await settle(folder, answer)
     return authority_of
 
 

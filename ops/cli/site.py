@@ -1,18 +1,24 @@
 """`culm site import|list|show|set`, `culm topology show`."""
 
 import asyncio
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
 from rich.table import Table
 
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Unavailable
 from culm.topology import CENTRAL, SiteRegistration, Topology
 from ops import catalogue
-from ops.cli.options import DIR, OUTPUT, console, router
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
+from ops.cluster import control
+from ops.cluster.layout import Layout
 from router.registry import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
+
+SETTLE_S: Final = 10.0
+"""How long the other authorities' routers may take to see a change."""
 
 
 @click.group()
@@ -27,8 +33,9 @@ def topology() -> None:
 
 @site.command("list")
 @DIR
+@AUTHORITY
 @OUTPUT
-def list_sites(folder: Path, output: str) -> None:
+def list_sites(folder: Path, authority: str, output: str) -> None:
     """List all sites with their shard.
 
     \b
@@ -36,7 +43,7 @@ def list_sites(folder: Path, output: str) -> None:
       culm site list
       culm site list -o json
     """
-    known = _topology(folder)
+    known = _topology(folder, authority)
     if output == "json":
         click.echo(msgspec.json.encode({name: _shown(known, name) for name in sorted(known.sites)}))
         return
@@ -49,9 +56,10 @@ def list_sites(folder: Path, output: str) -> None:
 
 @site.command()
 @DIR
+@AUTHORITY
 @OUTPUT
 @click.argument("name")
-def show(folder: Path, output: str, name: str) -> None:
+def show(folder: Path, authority: str, output: str, name: str) -> None:
     """Show one site with its computing queues.
 
     \b
@@ -59,7 +67,7 @@ def show(folder: Path, output: str, name: str) -> None:
       culm site show BNL
       culm site show BNL -o json
     """
-    known = _topology(folder)
+    known = _topology(folder, authority)
     one = known.site(name)
     if output == "json":
         click.echo(msgspec.json.encode(_shown(known, name)))
@@ -74,11 +82,12 @@ def show(folder: Path, output: str, name: str) -> None:
 
 @site.command("set")
 @DIR
+@AUTHORITY
 @OUTPUT
 @click.option("--reason", default="", help="Kept in the audit; marks a status as set by hand.")
 @click.argument("queue")
 @click.argument("changes", nargs=-1, required=True)
-def set_fields(folder: Path, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
+def set_fields(folder: Path, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
     """Change fields of a computing queue, with the admin's token of the authority that it belongs to.
 
     \b
@@ -93,28 +102,33 @@ def set_fields(folder: Path, output: str, reason: str, queue: str, changes: tupl
             raise ClientFault("bad_queue", f"{change!r} is not FIELD=VALUE")
         wanted[name] = int(value) if value.lstrip("-").isdecimal() else value
 
-    known = _topology(folder)
-    authority = known.authority_of_region(known.queue(queue)[1].region)
+    known = _topology(folder, authority)
+    owner = known.authority_of_region(known.queue(queue)[1].region)
 
     async def ask() -> ChangedAnswer:
-        async with router(folder, "admin", authority=authority) as client:
+        async with router(folder, "admin", authority=owner) as client:
             request = QueueRequest(queue=queue, changes=wanted, reason=reason)
-            return await client.post("queue", request, ChangedAnswer)
+            answer = await client.post("queue", request, ChangedAnswer)
+        await settle(folder, answer)
+        return answer
 
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
     else:
-        click.echo(f"{authority}: epoch {answer.epoch}")
+        click.echo(f"{owner}: epoch {answer.epoch}")
 
 
 @site.command("import")
 @DIR
+@AUTHORITY
 @OUTPUT
 @click.option("--reason", default="", help="Kept in the audit.")
 @click.option("--dry-run", is_flag=True, help="Say what would be registered, change nothing.")
 @click.argument("catalogue_file", type=click.Path(dir_okay=False, exists=True, path_type=Path))
-def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catalogue_file: Path) -> None:
+def import_sites(
+    folder: Path, *, authority: str, output: str, reason: str, dry_run: bool, catalogue_file: Path
+) -> None:
     """Register the sites and computing queues of a catalogue (CSV, PanDA's schedconfig columns).
 
     Sites that are known are brought up to date; a status that an operator set with a reason stays. A region nobody
@@ -126,19 +140,19 @@ def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catal
       culm site import schedconfig.csv --reason "catalogue of May"
     """
     found = catalogue.read(catalogue_file)
-    before = _topology(folder)
+    before = _topology(folder, authority)
     by_authority: dict[str, list[SiteRegistration]] = {}
     for one in found:
-        authority = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
-        by_authority.setdefault(authority, []).append(one)
+        owner = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
+        by_authority.setdefault(owner, []).append(one)
     told = []
-    for authority, sites in sorted(by_authority.items()):
-        epoch = before.epochs[authority]
+    for owner, sites in sorted(by_authority.items()):
+        epoch = before.epochs[owner]
         if not dry_run:
-            epoch = asyncio.run(_register(folder, authority, sites, reason)).epoch
+            epoch = asyncio.run(_register(folder, owner, sites, reason)).epoch
         told.append(
             {
-                "authority": authority,
+                "authority": owner,
                 "sites": len(sites),
                 "new_sites": sum(one.name not in before.sites for one in sites),
                 "queues": sum(len(one.queues) for one in sites),
@@ -156,8 +170,9 @@ def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catal
 
 @topology.command("show")
 @DIR
+@AUTHORITY
 @OUTPUT
-def show_topology(folder: Path, output: str) -> None:
+def show_topology(folder: Path, authority: str, output: str) -> None:
     """Show every section: its epoch, shards and regions.
 
     \b
@@ -165,7 +180,7 @@ def show_topology(folder: Path, output: str) -> None:
       culm topology show
       culm topology show -o json
     """
-    known = _topology(folder)
+    known = _topology(folder, authority)
     if output == "json":
         click.echo(msgspec.json.encode(list(known.sections.values())))
         return
@@ -196,12 +211,36 @@ def _shown(known: Topology, name: str) -> dict[str, Any]:
 
 async def _register(folder: Path, authority: str, sites: list[SiteRegistration], reason: str) -> ChangedAnswer:
     async with router(folder, "admin", authority=authority) as client:
-        return await client.post("sites", SitesRequest(sites=sites, reason=reason), ChangedAnswer)
+        answer = await client.post("sites", SitesRequest(sites=sites, reason=reason), ChangedAnswer)
+    await settle(folder, answer)
+    return answer
 
 
-def _topology(folder: Path) -> Topology:
+async def settle(folder: Path, changed: ChangedAnswer) -> None:
+    """Wait until the routers of the other authorities that run here know of a change; they ask every few seconds.
+
+    Raises Unavailable(not_seen) for one that does not come to know it.
+    """
+    for home in Layout(folder).homes:
+        told = control.status(home.folder)
+        if home.authority == changed.authority or told is None or not told.alive:
+            continue
+        deadline = time.monotonic() + SETTLE_S
+        async with router(folder, "admin", authority=home.authority) as client:
+            while True:
+                sections = (await client.get("topology", {}, TopologyAnswer)).sections
+                if any(one.authority == changed.authority and one.epoch >= changed.epoch for one in sections):
+                    break
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        "not_seen", f"{home.authority} has not seen epoch {changed.epoch} of {changed.authority} yet"
+                    )
+                await asyncio.sleep(0.1)
+
+
+def _topology(folder: Path, authority: str) -> Topology:
     async def ask() -> TopologyAnswer:
-        async with router(folder, "admin") as client:
+        async with router(folder, "admin", authority=authority) as client:
             return await client.get("topology", {}, TopologyAnswer)
 
-    return Topology(asyncio.run(ask()).sections)
+    return Topology(asyncio.run(ask()).sections, authority)

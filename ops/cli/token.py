@@ -27,7 +27,7 @@ def token() -> None:
 @click.option("--role", "roles", multiple=True, help="production, or manager:GROUP.")
 @click.option("--queue", "queues", multiple=True, help="A computing queue of a pilot, or PREFIX*.")
 @click.option("--days", type=click.FloatRange(min=0.0, max=3650.0, min_open=True), default=30.0, show_default=True)
-@click.argument("kind", type=click.Choice(["pilot", "user", "admin"]))
+@click.argument("kind", type=click.Choice(["pilot", "user", "admin", "peer"]))
 @click.argument("subject")
 def issue(
     folder: Path,
@@ -35,7 +35,7 @@ def issue(
     authority: str,
     vo: str,
     days: float,
-    kind: Literal["pilot", "user", "admin"],
+    kind: Literal["pilot", "user", "admin", "peer"],
     subject: str,
     **several: tuple[str, ...],
 ) -> None:
@@ -60,7 +60,8 @@ def issue(
 def rotate(folder: Path, authority: str) -> None:
     """Make a key that signs from now on. Tokens that are out stay good until they expire; nothing restarts.
 
-    To withdraw an old key, and every token that it signed, remove its .pub from the cluster's folder `trusted`.
+    To withdraw an old key, and every token that it signed, remove its .pub from the folder `trusted` of that authority;
+    the routers of the others follow.
 
     \b
     Examples:
@@ -81,11 +82,11 @@ def list_tokens(folder: Path, output: str) -> None:
       culm token list
       culm token list -o json
     """
-    layout = Layout(folder)
-    keys = sorted(path.stem for path in layout.trusted.glob("*.pub"))
+    homes = Layout(folder).homes
+    keys = sorted({path.stem for home in homes for path in home.trusted.glob("*.pub")})
     if not keys:
-        raise ClientFault("no_keys", f"{layout.trusted} holds no key; is {folder} a cluster?", http_status=404)
-    tokens = sorted(path.name for path in layout.tokens.glob("*"))
+        raise ClientFault("no_keys", f"no key is trusted here; is {folder} a cluster?", http_status=404)
+    tokens = sorted(path.name for home in homes for path in home.tokens.glob("*"))
     if output == "json":
         click.echo(json.dumps({"keys": keys, "tokens": tokens}))
         return
@@ -93,8 +94,7 @@ def list_tokens(folder: Path, output: str) -> None:
 
 
 def _ring(folder: Path, authority: str) -> KeyRing:
-    layout = Layout(folder)
-    ring = KeyRing(layout.keys / authority, layout.trusted, authority)
+    ring = Layout(folder).home(authority).ring
     if not ring.kids():
-        raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {authority}", http_status=404)
+        raise ClientFault("no_keys", f"{folder} holds no signing key of {authority}", http_status=404)
     return ring

@@ -7,15 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from types import FrameType
+from typing import Final
 
 import msgspec
 
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
+from culm.topology import CENTRAL
 from ops.cluster.layout import Layout, make_private
-from ops.cluster.supervisor import RUNS_ALREADY, start_time
+from ops.cluster.supervisor import RUNS_ALREADY, die_with_parent, start_time
 
 UP_S: Final = 420.0
 """The first start may fetch an engine."""
@@ -59,41 +61,66 @@ def status(folder: Path) -> Status | None:
         return None
 
 
-def running(folder: Path) -> Layout:
-    """The layout of a cluster that is up. Raises Unavailable(not_running)."""
-    told = status(folder)
+def running(folder: Path, authority: str = CENTRAL) -> Layout:
+    """The home of an authority whose processes are up. Raises Unavailable(not_running)."""
+    home = Layout(folder).home(authority)
+    told = status(home.folder)
     if told is None or not told.alive:
-        raise Unavailable("not_running", f"no cluster runs in {folder}: culm up --dir {folder}")
-    return Layout(folder, told.port)
+        only = "" if authority == CENTRAL else f" --region {authority}"
+        raise Unavailable("not_running", f"nothing of {authority} runs in {folder}: culm up --dir {folder}{only}")
+    return Layout(home.folder, told.port, authority)
 
 
-def up(layout: Layout, progress: Callable[[str], None]) -> Status:
-    """Start a cluster and wait until it is up; one that is up already is left alone.
+def up(homes: Sequence[Layout], progress: Callable[[str], None]) -> None:
+    """Start these homes, all at once, and wait until they are up; one that is up already is left alone.
 
     Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed). Safe to retry: yes.
     """
-    if _runs_already(layout):
-        return _wait_up(layout, None, progress)
-    with (layout.folder / "supervisor.log").open("ab") as log:
-        process = subprocess.Popen(
-            _supervisor(layout),
+    starting = [(home, None if _runs_already(home) else _start(home)) for home in homes]
+    for home, process in starting:
+        _wait_up(home, process, progress)
+
+
+def _start(home: Layout) -> "subprocess.Popen[bytes]":
+    with (home.folder / "supervisor.log").open("ab") as log:
+        return subprocess.Popen(
+            _supervisor(home),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    return _wait_up(layout, process, progress)
 
 
-def become(layout: Layout) -> NoReturn:
-    """Turn this process into the cluster's supervisor: what ends it ends the cluster.
+def stay(homes: Sequence[Layout]) -> int:
+    """Run the supervisors of these homes until SIGTERM or SIGINT, or until one of them ends; the exit code.
 
     Raises Conflict(runs_already, runs_elsewhere, port_busy).
     """
-    if _runs_already(layout):
-        raise Conflict("runs_already", f"the cluster in {layout.folder} is up: culm down --dir {layout.folder}")
-    command = _supervisor(layout)
-    os.execv(command[0], command)  # noqa: S606  # no shell: our own interpreter
+    for home in homes:
+        if _runs_already(home):
+            raise Conflict("runs_already", f"{home.authority} is up in {home.folder}: culm down first")
+    # They die with this process, whatever kills it.
+    supervisors = [
+        subprocess.Popen(_supervisor(home), preexec_fn=die_with_parent)  # noqa: PLW1509  # one call, no Python state
+        for home in homes
+    ]
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        for one in supervisors:
+            one.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    codes = []
+    for _ in supervisors:
+        pid, code = os.wait()
+        codes.append(os.waitstatus_to_exitcode(code))
+        for one in supervisors:
+            if one.pid == pid:
+                one.returncode = codes[-1]
+        end(0, None)
+    return max(codes, key=abs)
 
 
 def down(folder: Path) -> bool:
@@ -117,6 +144,8 @@ def _runs_already(layout: Layout) -> bool:
         if told.port != layout.port:
             raise Conflict("runs_elsewhere", f"the cluster in {layout.folder} is up at port {told.port}")
         return True
+    if layout.authority != CENTRAL:
+        make_private(layout.folder.parent)
     make_private(layout.folder)
     for port in (layout.port, layout.port + 1):
         _require_free(port)
@@ -125,7 +154,8 @@ def _runs_already(layout: Layout) -> bool:
 
 
 def _supervisor(layout: Layout) -> list[str]:
-    return [sys.executable, "-P", "-m", "ops.cluster.supervisor", str(layout.folder), str(layout.port)]
+    words = (str(layout.folder), str(layout.port), layout.authority)
+    return [sys.executable, "-P", "-m", "ops.cluster.supervisor", *words]
 
 
 def _wait_end(told: Status) -> None:
@@ -147,6 +177,7 @@ def _wait_up(layout: Layout, process: "subprocess.Popen[bytes] | None", progress
                 raise CulmError("start_failed", f"{told.failure or 'it was stopped'} (logs in {layout.logs})")
             n_up = sum(one.state == "up" for one in told.processes)
             known = f"{n_up} of {len(told.processes)} processes are up"
+            known = f"{layout.authority}: {known}"
             progress(known if told.processes else "preparing the databases (the first start may fetch their server)")
         if process is not None and process.poll() == RUNS_ALREADY:
             # Another `up` was a moment earlier: wait for that one's.

@@ -1,4 +1,8 @@
-"""Where a cluster keeps what: everything under one folder, but sockets, whose paths must be short."""
+"""Where a cluster keeps what: everything under one folder, but sockets, whose paths must be short.
+
+Every authority has a home of its own: its section of the topology, its keys, its shards' data, its router, monitor and
+supervisor. The centre's is the cluster's folder itself, another's is a folder in it. One runs without the other.
+"""
 
 import hashlib
 import os
@@ -8,19 +12,53 @@ from pathlib import Path
 from typing import Final
 
 from culm.errors import ClientFault
+from culm.tokens import KeyRing
+from culm.topology import CENTRAL
 
 DEFAULT_PORT: Final = 25080
-REGIONS: Final = {"us1": "US", "eu1": "EU", "cern1": "CERN"}
-"""The shards of a cluster on one machine, each with the region that is placed on it."""
-AUTHORITIES: Final = {"us1": "central", "eu1": "central", "cern1": "CERN"}
+PORTS: Final = 2
+"""Of one authority: its router's, then its monitor's."""
+FIRST_SHARDS: Final = {CENTRAL: {"us1": "US", "eu1": "EU"}, "CERN": {"cern1": "CERN"}}
+"""By authority, the shards of a new cluster, each with the region that is placed on it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of the cluster in `folder` with its router at `port` and its monitor at the next one."""
+    """The paths of one authority's home in `folder`, with its router at `port` and its monitor at the next one."""
 
     folder: Path
     port: int = DEFAULT_PORT
+    authority: str = CENTRAL
+
+    def home(self, authority: str) -> "Layout":
+        """The home of an authority of the same cluster."""
+        root = self.folder if self.authority == CENTRAL else self.folder.parent
+        names = list(FIRST_SHARDS)
+        port = self.port + PORTS * (names.index(authority) - names.index(self.authority))
+        return Layout(root if authority == CENTRAL else root / authority, port, authority)
+
+    @property
+    def homes(self) -> list["Layout"]:
+        """The homes of all authorities, the centre's first."""
+        return [self.home(authority) for authority in FIRST_SHARDS]
+
+    @property
+    def shards(self) -> list[str]:
+        """The shards that live here: those of a new cluster, and those that were added, by name."""
+        first = list(FIRST_SHARDS[self.authority])
+        data = self.folder / "data"
+        added = sorted(path.name for path in data.iterdir()) if data.is_dir() else []
+        return [*first, *(name for name in added if name not in first)]
+
+    @property
+    def router(self) -> str:
+        """The name of its router process."""
+        return "router" if self.authority == CENTRAL else f"{self.authority}-router"
+
+    @property
+    def monitor(self) -> str:
+        """The name of its monitor process."""
+        return "monitor" if self.authority == CENTRAL else f"{self.authority}-monitor"
 
     @property
     def configs(self) -> Path:
@@ -34,12 +72,12 @@ class Layout:
 
     @property
     def topology(self) -> Path:
-        """The sections of the topology."""
+        """The topology: the original of this authority's section, and copies of the others'."""
         return self.folder / "topology"
 
     @property
     def keys(self) -> Path:
-        """Signing keys, one folder per authority."""
+        """The signing keys of this authority."""
         return self.folder / "keys"
 
     @property
@@ -48,8 +86,13 @@ class Layout:
         return self.folder / "trusted"
 
     @property
+    def ring(self) -> KeyRing:
+        """The key ring of this authority."""
+        return KeyRing(self.keys, self.trusted, self.authority)
+
+    @property
     def tokens(self) -> Path:
-        """The tokens that the command line uses, one file per role and authority."""
+        """The tokens that the command line uses, one file per role."""
         return self.folder / "tokens"
 
     @property

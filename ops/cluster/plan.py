@@ -1,4 +1,4 @@
-"""What a cluster consists of: its settings files, its first topology, its keys and tokens, its processes."""
+"""What one authority's home consists of: settings files, the first section, keys and tokens, processes."""
 
 import json
 import sys
@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from culm import topology_store
-from culm.tokens import KeyRing
-from culm.topology import SLOT_BLOCKS, Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
+from culm.tokens import adopt_keys, public_keys
+from culm.topology import (
+    CENTRAL,
+    SLOT_BLOCKS,
+    Placement,
+    Queue,
+    Region,
+    Section,
+    Shard,
+    SiteRegistration,
+    register_sites,
+)
 from culm.wire import Principal
-from ops.cluster.layout import AUTHORITIES, REGIONS, Layout, make_private
+from ops.cluster.layout import FIRST_SHARDS, Layout, make_private
 from ops.engines import innodb, valkey
 
 TOKEN_VALID_S: Final = 365 * 86_400.0
@@ -21,11 +31,15 @@ _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 
 @dataclass(frozen=True)
 class Process:
-    """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health."""
+    """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health.
+
+    Those of a lower wave are up before the next wave is started: databases and Valkey 0, shards 1, router and monitor 2.
+    """
 
     name: str
     argv: list[str]
     ready: str
+    wave: int
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -37,19 +51,31 @@ def prepare(layout: Layout) -> list[Process]:
         folder.mkdir(mode=0o700, exist_ok=True)
     _topology(layout)
     _tokens(layout)
+    for other in layout.homes:
+        if other != layout:
+            _introduce(layout, other)
     engine = innodb.find(layout.cache)
     processes = []
-    for shard in REGIONS:
-        processes += _shard(layout, shard, engine)
-    common = {"topology_dir": str(layout.topology), "trusted_keys_dir": str(layout.trusted)}
-    for number, name in enumerate(("router", "monitor")):
-        config = _write(layout, name, common | {"port": layout.port + number})
+    for shard in layout.shards:
+        processes += shard_processes(layout, shard, engine)
+    common: dict[str, Any] = {
+        "topology_dir": str(layout.topology),
+        "trusted_keys_dir": str(layout.trusted),
+        "authority": layout.authority,
+    }
+    peers = {
+        "peer_token_file": str(layout.tokens / f"{layout.authority}.peer"),
+        "peers": {other.authority: other.router_url for other in layout.homes if other != layout},
+    }
+    for number, (kind, name, more) in enumerate((("router", layout.router, peers), ("monitor", layout.monitor, {}))):
+        config = _write(layout, name, common | {"name": name, "port": layout.port + number} | more)
         url = f"http://127.0.0.1:{layout.port + number}/health"
-        processes.append(Process(name, [*_RUN, name, "run", "--config", str(config)], url))
+        processes.append(Process(name, [*_RUN, kind, "run", "--config", str(config)], url, 2))
     return processes
 
 
-def _shard(layout: Layout, shard: str, engine: innodb.Engine) -> list[Process]:
+def shard_processes(layout: Layout, shard: str, engine: innodb.Engine) -> list[Process]:
+    """Write what a shard of this home needs, and give its processes. Safe to retry: yes."""
     data = layout.data(shard)
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     innodb.prepare(engine, data / "db", layout.cache)
@@ -59,15 +85,16 @@ def _shard(layout: Layout, shard: str, engine: innodb.Engine) -> list[Process]:
         "link": f"unix:{sockets['link']}",
         "http": f"unix:{sockets['http']}",
         "topology_dir": str(layout.topology),
+        "authority": layout.authority,
         "redis": f"unix://{sockets['valkey']}",
         "database": {"socket": str(sockets["db"])},
     }
     config = _write(layout, shard, values)
     database = innodb.argv(engine, data / "db", sockets["db"])
     return [
-        Process(f"{shard}-db", database, f"unix:{sockets['db']}", engine.environment),
-        Process(f"{shard}-valkey", valkey.argv(sockets["valkey"], data), f"unix:{sockets['valkey']}"),
-        Process(shard, [*_RUN, "shard", "run", "--config", str(config)], f"unix:{sockets['link']}"),
+        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment),
+        Process(f"{shard}-valkey", valkey.argv(sockets["valkey"], data), f"unix:{sockets['valkey']}", 0),
+        Process(shard, [*_RUN, "shard", "run", "--config", str(config)], f"unix:{sockets['link']}", 1),
     ]
 
 
@@ -81,50 +108,68 @@ def _write(layout: Layout, name: str, values: Mapping[str, Any]) -> Path:
     text = "\n".join(lines) + "\n"
     if not path.exists():
         path.write_text(text, encoding="utf-8")
-    elif "port" in values:
-        # The port is the command line's to say.
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("port =")]
-        path.write_text(f"port = {values['port']}\n" + "\n".join(kept) + "\n", encoding="utf-8")
+    else:
+        # Where router and monitor are is the command line's to say.
+        said = {"port": values.get("port"), **values.get("peers", {})}
+        kept = path.read_text(encoding="utf-8").splitlines()
+        for n, line in enumerate(kept):
+            key = line.partition(" =")[0]
+            if said.get(key) is not None:
+                kept[n] = f"{key} = {json.dumps(said[key])}"
+        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
     return path
 
 
 def _topology(layout: Layout) -> None:
-    for authority in dict.fromkeys(AUTHORITIES.values()):
-        if (layout.topology / f"{authority}.json").exists():
-            continue
-        first = SLOT_BLOCKS[authority][0]
-        names = [shard for shard, owner in AUTHORITIES.items() if owner == authority]
-        section = Section(
-            authority=authority,
-            epoch=1,
-            shards={name: Shard(link=f"unix:{layout.socket(name, 'link')}") for name in names},
-            regions={
-                REGIONS[name]: Region(slot=first + n, shards=[name], strict=authority != "central")
-                for n, name in enumerate(names)
-            },
-            placement={first + n: Placement(name, 1) for n, name in enumerate(names)},
-            default_region=REGIONS[names[0]] if authority == "central" else "",
+    authority = layout.authority
+    if (layout.topology / f"{authority}.json").exists():
+        return
+    first = SLOT_BLOCKS[authority][0]
+    shards = FIRST_SHARDS[authority]
+    section = Section(
+        authority=authority,
+        epoch=1,
+        shards={name: Shard(link=f"unix:{layout.socket(name, 'link')}") for name in shards},
+        regions={
+            region: Region(slot=first + n, shards=[name], strict=authority != CENTRAL)
+            for n, (name, region) in enumerate(shards.items())
+        },
+        placement={first + n: Placement(name, 1) for n, name in enumerate(shards)},
+        default_region=next(iter(shards.values())),
+    )
+    sites = [
+        SiteRegistration(
+            name=site, region=region, queues={f"{site}-q": Queue(memory_mb=4000, walltime_s=86_400, cores=8)}
         )
-        sites = [
-            SiteRegistration(
-                name=site, region=region, queues={f"{site}-q": Queue(memory_mb=4000, walltime_s=86_400, cores=8)}
-            )
-            for region, site in DEMO_SITES.items()
-            if region in section.regions
-        ]
-        topology_store.create(layout.topology, register_sites(section, sites))
+        for region, site in DEMO_SITES.items()
+        if region in section.regions
+    ]
+    topology_store.create(layout.topology, register_sites(section, sites))
 
 
 def _tokens(layout: Layout) -> None:
-    for authority in dict.fromkeys(AUTHORITIES.values()):
-        ring = KeyRing(layout.keys / authority, layout.trusted, authority)
-        ring.ensure()
-        for principal in (
-            Principal(role="admin", subject="operator", authority=authority),
-            Principal(role="user", subject="demo", authority=authority, vo="demo"),
-            Principal(role="pilot", subject="pilot", authority=authority, queues=["*"]),
-        ):
-            path = layout.tokens / f"{authority}.{principal.role}"
-            if not path.exists():
-                path.touch(mode=0o600)
-                path.write_text(ring.issue(principal, TOKEN_VALID_S), encoding="utf-8")
+    authority = layout.authority
+    ring = layout.ring
+    ring.ensure()
+    for principal in (
+        Principal(role="admin", subject="operator", authority=authority),
+        Principal(role="user", subject="demo", authority=authority, vo="demo"),
+        Principal(role="pilot", subject="pilot", authority=authority, queues=["*"]),
+        Principal(role="peer", subject="router", authority=authority),
+    ):
+        path = layout.tokens / f"{authority}.{principal.role}"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(ring.issue(principal, TOKEN_VALID_S), encoding="utf-8")
+
+
+def _introduce(one: Layout, other: Layout) -> None:
+    """Two homes of one machine get each other's public keys and sections at their start; afterwards their routers ask.
+
+    Whichever is prepared later does it for both.
+    """
+    for teller, hearer in ((one, other), (other, one)):
+        section = teller.topology / f"{teller.authority}.json"
+        if section.exists() and hearer.topology.is_dir() and hearer.trusted.is_dir():
+            adopt_keys(hearer.trusted, teller.authority, public_keys(teller.trusted, teller.authority))
+            topology_store.adopt(hearer.topology, topology_store.load_section(teller.topology, teller.authority))

@@ -1,6 +1,6 @@
 """The supervisor: starts the processes in order, restarts with back-off what dies, ends all when it is told to.
 
-`python -m ops.cluster.supervisor DIR PORT`. Its children die with it, whatever kills it. It holds a lock on the
+`python -m ops.cluster.supervisor DIR PORT AUTHORITY`, one for each authority's home. Its children die with it, whatever kills it. It holds a lock on the
 cluster's folder, which the kernel gives back, so that a killed one blocks nothing.
 """
 
@@ -59,7 +59,7 @@ class _Child:
                 stdout=log,
                 stderr=log,
                 env=os.environ | dict(self.process.environment),
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
                 start_new_session=True,
             )
         self.state, self.since = "starting", time.time()
@@ -132,10 +132,8 @@ class Supervisor:
             self._tell()
 
     def _waves(self) -> list[list[_Child]]:
-        servers = [c for c in self._children if c.process.name.endswith(("-db", "-valkey"))]
-        fronts = [c for c in self._children if c.process.name in ("router", "monitor")]
-        shards = [c for c in self._children if c not in servers and c not in fronts]
-        return [servers, shards, fronts]
+        waves = sorted({child.process.wave for child in self._children})
+        return [[child for child in self._children if child.process.wave == wave] for wave in waves]
 
     async def _watch(self, child: _Child) -> None:
         pause_s = FIRST_PAUSE_S
@@ -197,7 +195,7 @@ def start_time(pid: int) -> int:
 
 def main() -> int:
     """The command."""
-    layout = Layout(Path(sys.argv[1]), int(sys.argv[2]))
+    layout = Layout(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     with (layout.folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,7 +219,8 @@ async def _run(layout: Layout, processes: list[Process]) -> int:
     return await Supervisor(layout, processes).run()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For `preexec_fn`: the kernel ends the child when its parent is gone, whatever ended that."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -3,16 +3,14 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from ops.cluster.layout import Layout
 from tests import servers
-from tests.cluster import CULM, ROOT, culm, decoded, processes_of
+from tests.cluster import CULM, ROOT, culm, decoded, processes_of, remove_sockets
 from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.system
@@ -24,7 +22,7 @@ needs_data = pytest.mark.skipif(
 
 
 def test_the_demo_runs_sixty_jobs_and_leaves_a_clean_cluster(folder: Path) -> None:
-    port = servers.free_ports(2)
+    port = servers.free_ports(4)
     try:
         shown = culm("demo", "--port", str(port), folder=folder, timeout_s=180.0, cwd="/")
         assert shown.returncode == 0, shown.stderr
@@ -45,12 +43,12 @@ def test_the_demo_runs_sixty_jobs_and_leaves_a_clean_cluster(folder: Path) -> No
         assert decoded(culm("counts", "-o", "json", folder=folder))["total"] == {"finished": 120}
     finally:
         culm("down", folder=folder)
-        shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
+        remove_sockets(folder)
     assert processes_of(folder) == []
 
 
 def test_ctrl_c_in_the_demo_ends_its_pilots_and_leaves_the_cluster_consistent(folder: Path) -> None:
-    port = servers.free_ports(2)
+    port = servers.free_ports(4)
     try:
         shown = subprocess.Popen(
             [CULM, "demo", "--port", str(port)],
@@ -76,7 +74,7 @@ def test_ctrl_c_in_the_demo_ends_its_pilots_and_leaves_the_cluster_consistent(fo
         assert again.returncode == 0, again.stderr
     finally:
         culm("down", folder=folder)
-        shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
+        remove_sockets(folder)
     assert processes_of(folder) == []
 
 
@@ -93,7 +91,7 @@ def _words(pid: int) -> bytes:
 @needs_data
 def test_real_queues_and_a_slice_of_a_real_log_go_through(folder: Path) -> None:
     try:
-        assert culm("up", "--port", str(servers.free_ports(2)), folder=folder, timeout_s=120.0).returncode == 0
+        assert culm("up", "--port", str(servers.free_ports(4)), folder=folder, timeout_s=120.0).returncode == 0
         imported = culm("site", "import", str(CATALOGUE), "--reason", "test", folder=folder)
         assert imported.returncode == 0, imported.stderr
         assert sum(map(int, re.findall(r"(\d+) computing queues", imported.stdout))) == 965
@@ -108,7 +106,7 @@ def test_real_queues_and_a_slice_of_a_real_log_go_through(folder: Path) -> None:
         assert decoded(culm("audit", "-o", "json", folder=folder))["findings"] == []
     finally:
         culm("down", folder=folder)
-        shutil.rmtree(Layout(folder).sockets, ignore_errors=True)
+        remove_sockets(folder)
 
 
 def test_the_front_door_works_through_a_link_from_anywhere(folder: Path) -> None:
