@@ -24,6 +24,8 @@ from ops.cluster.layout import Layout
 def up(folder: Path, port: int | None, *, foreground: bool) -> None:
     """Start a cluster on this machine: a router, three shards with their databases, the monitor.
 
+    Ctrl-C before it is up ends what was begun.
+
     \b
     Examples:
       culm up
@@ -31,13 +33,13 @@ def up(folder: Path, port: int | None, *, foreground: bool) -> None:
       culm up --foreground
     """
     if foreground:
-        control.become(_layout(folder, port))
+        control.become(layout_at(folder, port))
     start(folder, port)
 
 
 def start(folder: Path, port: int | None) -> Layout:
     """Start, with a spinner; the layout of what runs."""
-    layout = _layout(folder, port)
+    layout = layout_at(folder, port)
     console = Console(stderr=True)
     with console.status("starting") as spinner:
         control.up(layout, spinner.update)
@@ -45,7 +47,7 @@ def start(folder: Path, port: int | None) -> Layout:
     return layout
 
 
-def _layout(folder: Path, port: int | None) -> Layout:
+def layout_at(folder: Path, port: int | None) -> Layout:
     """At the port that was asked for, else where the cluster was before."""
     known = control.status(folder)
     return Layout(folder, port or (known.port if known else 0) or Layout(folder).port)
@@ -80,15 +82,28 @@ def status(folder: Path, output: str) -> None:
     if told is None or not up_now:
         click.echo(f"no cluster runs in {folder}: culm up --dir {folder}" if output == "table" else '{"phase": "down"}')
         sys.exit(exits.UNAVAILABLE)
+    now = time.time()
+    layout = Layout(folder, told.port)
+    age_s = _since_s(told.began_at, now)
     if output == "json":
-        rows = [{"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts} for p in told.processes]
-        click.echo(json.dumps({"phase": told.phase, "port": told.port, "processes": rows}))
+        rows = [
+            {"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts, "for_s": _since_s(p.since, now)}
+            for p in told.processes
+        ]
+        urls = {"router": layout.router_url, "monitor": layout.monitor_url}
+        click.echo(json.dumps({"phase": told.phase, "port": told.port, "age_s": age_s, **urls, "processes": rows}))
         return
+    click.echo(
+        f"{told.phase}, {age_s:.0f} s old: router {layout.router_url}, monitor {layout.monitor_url}, in {folder}"
+    )
     table = Table("process", "pid", "state", "restarts", "for")
-    for process in told.processes:
-        age = f"{time.time() - process.since:.0f} s"
-        table.add_row(process.name, str(process.pid), process.state, str(process.restarts), age)
+    for p in told.processes:
+        table.add_row(p.name, str(p.pid), p.state, str(p.restarts), f"{_since_s(p.since, now):.0f} s")
     console().print(table)
+
+
+def _since_s(at: float, now: float) -> float:
+    return round(max(0.0, now - at), 1)
 
 
 @click.command()

@@ -44,6 +44,8 @@ class Status(msgspec.Struct, frozen=True):
     processes: list[ProcessStatus]
     failure: str = ""
     started: int = 0
+    began_at: float = 0.0
+    """When the supervisor began, seconds since the epoch."""
 
     @property
     def alive(self) -> bool:
@@ -70,19 +72,29 @@ def running(folder: Path) -> Layout:
 def up(layout: Layout, progress: Callable[[str], None]) -> Status:
     """Start a cluster and wait until it is up; one that is up already is left alone.
 
-    Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed). Safe to retry: yes.
+    Ctrl-C ends what this call has begun; a start that another one began goes on.
+
+    Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed, interrupted). Safe to retry: yes.
     """
-    if _runs_already(layout):
-        return _wait_up(layout, None, progress)
-    with (layout.folder / "supervisor.log").open("ab") as log:
-        process = subprocess.Popen(
-            _supervisor(layout),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    return _wait_up(layout, process, progress)
+    process = None
+    if not _runs_already(layout):
+        with (layout.folder / "supervisor.log").open("ab") as log:
+            process = subprocess.Popen(
+                _supervisor(layout),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    try:
+        return _wait_up(layout, process, progress)
+    except KeyboardInterrupt:
+        if process is None or process.poll() == RUNS_ALREADY:
+            told = f"the start that another began goes on: culm down --dir {layout.folder}"
+        else:
+            _end(process)
+            told = "what had been begun is ended"
+        raise CulmError("interrupted", f"interrupted; {told}") from None
 
 
 def become(layout: Layout) -> NoReturn:
@@ -94,6 +106,12 @@ def become(layout: Layout) -> NoReturn:
         raise Conflict("runs_already", f"the cluster in {layout.folder} is up: culm down --dir {layout.folder}")
     command = _supervisor(layout)
     os.execv(command[0], command)  # noqa: S606  # no shell: our own interpreter
+
+
+def is_leaving(folder: Path) -> bool:
+    """Whether the cluster is down or on its way there."""
+    told = status(folder)
+    return told is None or not told.alive or told.phase in ENDING
 
 
 def down(folder: Path) -> bool:
@@ -126,6 +144,14 @@ def _runs_already(layout: Layout) -> bool:
 
 def _supervisor(layout: Layout) -> list[str]:
     return [sys.executable, "-P", "-m", "ops.cluster.supervisor", str(layout.folder), str(layout.port)]
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(DOWN_S)
+    except subprocess.TimeoutExpired:
+        raise CulmError("still_running", f"the supervisor {process.pid} has not ended in {DOWN_S:.0f} s") from None
 
 
 def _wait_end(told: Status) -> None:

@@ -16,17 +16,24 @@ from ops.engines import innodb, valkey
 
 TOKEN_VALID_S: Final = 365 * 86_400.0
 DEMO_SITES: Final = {"US": "BNL", "EU": "DESY", "CERN": "CERN-PROD"}
+READY_S: Final = 60.0
+RECOVERY_S: Final = 600.0
+"""A database answers when it has gone through its log; to end it before that only makes it begin anew."""
 _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 
 
 @dataclass(frozen=True)
 class Process:
-    """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health."""
+    """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health.
+
+    One that still runs but does not answer after `ready_s` seconds is ended.
+    """
 
     name: str
     argv: list[str]
     ready: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    ready_s: float = READY_S
 
 
 def prepare(layout: Layout) -> list[Process]:
@@ -65,7 +72,7 @@ def _shard(layout: Layout, shard: str, engine: innodb.Engine) -> list[Process]:
     config = _write(layout, shard, values)
     database = innodb.argv(engine, data / "db", sockets["db"])
     return [
-        Process(f"{shard}-db", database, f"unix:{sockets['db']}", engine.environment),
+        Process(f"{shard}-db", database, f"unix:{sockets['db']}", engine.environment, RECOVERY_S),
         Process(f"{shard}-valkey", valkey.argv(sockets["valkey"], data), f"unix:{sockets['valkey']}"),
         Process(shard, [*_RUN, "shard", "run", "--config", str(config)], f"unix:{sockets['link']}"),
     ]
