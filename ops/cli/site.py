@@ -117,8 +117,8 @@ def set_fields(folder: Path, output: str, reason: str, queue: str, changes: tupl
 def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catalogue_file: Path) -> None:
     """Register the sites and computing queues of a catalogue (CSV, PanDA's schedconfig columns).
 
-    Sites that are known are brought up to date; a status that an operator set with a reason stays. A region nobody
-    knows goes to the centre. May be repeated.
+    Sites that are known are brought up to date; a status that an operator set with a reason stays, and so does every
+    field that the file has no column for. A region nobody knows goes to the centre. May be repeated.
 
     \b
     Examples:
@@ -128,7 +128,7 @@ def import_sites(folder: Path, *, output: str, reason: str, dry_run: bool, catal
     found = catalogue.read(catalogue_file)
     before = _topology(folder)
     by_authority: dict[str, list[SiteRegistration]] = {}
-    for one in found:
+    for one in found.over(before.sites):
         authority = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
         by_authority.setdefault(authority, []).append(one)
     told = []
