@@ -5,15 +5,12 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final
 
 import uvloop
 from aiohttp import web
 
 from culm import __version__, address, telemetry
 from culm.errors import CulmError
-
-LAG_INTERVAL_S: Final = 0.5
 
 log = logging.getLogger("culm.service")
 

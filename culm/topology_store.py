@@ -140,10 +140,6 @@ class TopologyCache:
                 sections[section.authority] = section
         return sections
 
-    async def poll(self) -> None:
-        """One turn of a background loop."""
-        self.refresh_if_changed()
-
 
 def _read(path: Path) -> Section:
     try:

@@ -37,7 +37,7 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
     """Replay a grid's job LOG (Standard Workload Format, also .gz): its users, groups and sites, scaled in time.
 
     The sites are registered first. The pilots are simulated: they sleep the scaled run time. Exit code 1 if a job was
-    lost, run twice, or not final in time.
+    lost, run twice, or not finished in time.
 
     \b
     Examples:
