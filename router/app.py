@@ -12,6 +12,7 @@ from aiohttp import web
 from culm import service, telemetry
 from culm.errors import Bug, ClientFault, CulmError
 from culm.ids import slot_of
+from culm.registry_wire import QueueRequest, SitesRequest
 from culm.settings import RouterSettings
 from culm.tokens import Verifier
 from culm.wire import (
@@ -58,8 +59,8 @@ class Front:
                 self._post("heartbeat", HeartbeatRequest, lambda who, body: pilots.heartbeat(forward, who, body)),
                 self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
-                self._post("sites", registry.SitesRequest, lambda who, body: registry.register(folder, who, body)),
-                self._post("queue", registry.QueueRequest, lambda who, body: registry.set_fields(folder, who, body)),
+                self._post("sites", SitesRequest, lambda who, body: registry.register(folder, who, body)),
+                self._post("queue", QueueRequest, lambda who, body: registry.set_fields(folder, who, body)),
                 web.post("/v1/get_job", self._get_job),
                 self._get("job", "/v1/job/{id}", self._job),
                 self._get("jobs", "/v1/jobs", self._jobs),
