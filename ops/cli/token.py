@@ -24,7 +24,7 @@ def token() -> None:
 @AUTHORITY
 @click.option("--vo", default="", help="The virtual organisation of a user.")
 @click.option("--group", "groups", multiple=True, help="A working group of a user.")
-@click.option("--role", "roles", multiple=True, help="production, or manager:GROUP.")
+@click.option("--role", "roles", multiple=True, help="production, monitor (metrics), or manager:GROUP.")
 @click.option("--queue", "queues", multiple=True, help="A computing queue of a pilot, or PREFIX*.")
 @click.option("--days", type=click.FloatRange(min=0.0, max=3650.0, min_open=True), default=30.0, show_default=True)
 @click.argument("kind", type=click.Choice(["pilot", "user", "admin"]))
