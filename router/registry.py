@@ -4,44 +4,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
-
-from msgspec import Meta
 
 from culm import access, topology_store
-from culm.topology import Section, SiteRegistration, Topology, register_sites, set_queue
+from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
+from culm.topology import Section, Topology, register_sites, set_queue
 from culm.topology_store import Who
-from culm.wire import Answer, Name, Principal, Request
-
-MAX_SITES_PER_CALL = 1000
-
-
-class SitesRequest(Request, frozen=True, kw_only=True):
-    """Register sites, or bring their computing queues up to date."""
-
-    sites: Annotated[list[SiteRegistration], Meta(min_length=1, max_length=MAX_SITES_PER_CALL)]
-    reason: Annotated[str, Meta(max_length=500)] = ""
-
-
-class QueueRequest(Request, frozen=True, kw_only=True):
-    """Change fields of one computing queue."""
-
-    queue: Name
-    changes: Annotated[dict[str, Any], Meta(min_length=1)]
-    reason: Annotated[str, Meta(max_length=500)] = ""
-
-
-class ChangedAnswer(Answer, frozen=True, kw_only=True):
-    """The section's epoch after the change; the same as before if there was nothing to change."""
-
-    authority: str
-    epoch: int
-
-
-class TopologyAnswer(Answer, frozen=True, kw_only=True):
-    """Every section that this router knows."""
-
-    sections: list[Section]
+from culm.wire import Principal
 
 
 async def register(folder: Path, principal: Principal, request: SitesRequest) -> ChangedAnswer:

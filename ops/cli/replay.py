@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from culm.errors import ClientFault
+from culm.registry_wire import ChangedAnswer, SitesRequest, TopologyAnswer
 from culm.tokens import KeyRing
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import Principal
@@ -19,7 +20,6 @@ from loadtest.replay import Plan, Replay, ReplayReport, queue_of
 from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console, router, token
 from ops.cluster import control
-from router.registry import ChangedAnswer, SitesRequest, TopologyAnswer
 
 TOKEN_S = 86_400.0
 N_WAITS_SHOWN = 12

@@ -9,10 +9,10 @@ import msgspec
 from rich.table import Table
 
 from culm.errors import ClientFault
+from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
 from culm.topology import CENTRAL, SiteRegistration, Topology
 from ops import catalogue
 from ops.cli.options import DIR, OUTPUT, console, router
-from router.registry import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
 
 
 @click.group()

@@ -29,7 +29,7 @@ def token() -> None:
 @AUTHORITY
 @click.option("--vo", default="", help="The virtual organisation of a user.")
 @click.option("--group", "groups", multiple=True, help="A working group of a user.")
-@click.option("--role", "roles", multiple=True, help="Of a user: production, or manager:GROUP.")
+@click.option("--role", "roles", multiple=True, help="Of a user: production, monitor (metrics), or manager:GROUP.")
 @click.option("--queue", "queues", multiple=True, help="A computing queue of a pilot, or PREFIX*.")
 @click.option("--days", type=click.FloatRange(min=0.0, max=3650.0, min_open=True), default=30.0, show_default=True)
 @click.argument("kind", type=click.Choice(["pilot", "user", "admin"]))
@@ -75,8 +75,8 @@ def _require_use(principal: Principal, days: float) -> None:
     if principal.role != "user" and (principal.roles or principal.groups):
         raise ClientFault("bad_token", f"--role and --group are for a user, the token is for a {principal.role}")
     for role in principal.roles:
-        if role != access.PRODUCTION and role.removeprefix("manager:") in {"", role}:
-            raise ClientFault("bad_token", f"the role {role!r} is neither production nor manager:GROUP")
+        if role not in (access.PRODUCTION, access.MONITOR) and role.removeprefix("manager:") in {"", role}:
+            raise ClientFault("bad_token", f"the role {role!r} is neither production, monitor nor manager:GROUP")
 
 
 def _unmatched(folder: Path, patterns: list[str]) -> list[str]:

@@ -187,7 +187,7 @@ def signing(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("user", "ann", "--role", "king"), "'king' is neither production nor manager:GROUP"),
+        (("user", "ann", "--role", "king"), "'king' is neither production, monitor nor manager:GROUP"),
         (("user", "ann", "--role", "manager:"), "'manager:' is neither"),
         (("user", "ann", "--days", "0.0001"), "less than 60 s"),
         (("user", "ann", "--days", "nan"), "less than 60 s"),
