@@ -6,12 +6,19 @@ from culm.errors import ClientFault
 from culm.wire import Principal
 
 PRODUCTION: Final = "production"
+MONITOR: Final = "monitor"
 
 
 def require_role(principal: Principal, *roles: str) -> None:
     """Raises ClientFault(forbidden) unless the principal has one of these roles."""
     if principal.role not in roles:
         raise forbidden(f"this needs the role {' or '.join(roles)}, the token has {principal.role}")
+
+
+def require_monitor(principal: Principal) -> None:
+    """Raises ClientFault(forbidden) unless this is an admin, or a user with the role `monitor`: he may read metrics."""
+    if principal.role != "admin" and not (principal.role == "user" and MONITOR in principal.roles):
+        raise forbidden("metrics need an admin's token or a user's with the role monitor")
 
 
 def forbidden(message: str) -> ClientFault:

@@ -3,17 +3,22 @@
 import asyncio
 import contextlib
 import logging
+import random
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
+import msgspec
 import uvloop
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
-from culm import __version__, address, telemetry
-from culm.errors import CulmError
-
-LAG_INTERVAL_S: Final = 0.5
+from culm import __version__, access, address, telemetry
+from culm.errors import Bug, ClientFault, Conflict, CulmError
+from culm.frames import error_body
+from culm.tokens import Verifier
+from culm.wire import ErrorBody
 
 log = logging.getLogger("culm.service")
 
@@ -73,40 +78,126 @@ class Loops:
             await asyncio.sleep(interval_s)
 
 
+# --- HTTP ------------------------------------------------------------------------------------------------------------
+
 Ready = Callable[[], Awaitable[str]]
 """"" when the process can do its work, else what is missing."""
+Refuse = Callable[[web.Request, CulmError], web.Response]
+"""The answer to a request that ends with this error."""
+
+VERB: Final = web.RequestKey("verb", str)
+"""What the metrics call the request."""
+OTHER: Final = "other"
+RETRY_JITTER: Final = 0.5
+"""Retry-After is lengthened by up to this part, so that the clients of a dead shard do not come back at once."""
 
 
-def health_routes(process: str, ready: Ready) -> list[web.RouteDef]:
-    """`GET /health` (200 {"status": "ok"} or 503 with what is missing) and `GET /metrics`; neither needs a token."""
+def health_routes(process: str, ready: Ready, verifier: Verifier | None) -> list[web.RouteDef]:
+    """`GET /health` (200 {"status": "ok"} or 503 with what is missing) and `GET /metrics`.
+
+    Health needs no token. Metrics need an admin's, or a user's with the role `monitor`; with a verifier of None none,
+    which is for addresses that nobody else can reach. A client that comes from loopback is not trusted for that: a TLS
+    front on the same machine makes everybody come from there.
+    """
 
     async def health(_request: web.Request) -> web.Response:
         missing = await ready()
         body = {"status": "unavailable" if missing else "ok", "process": process, "version": __version__}
         return web.json_response(body | ({"missing": missing} if missing else {}), status=503 if missing else 200)
 
-    async def metrics(_request: web.Request) -> web.Response:
+    async def metrics(request: web.Request) -> web.Response:
+        if verifier is not None:
+            access.require_monitor(verifier.verify(request.headers.get("Authorization")))
         body = await asyncio.to_thread(telemetry.exposition)
         return web.Response(body=body, headers={"Content-Type": telemetry.CONTENT_TYPE})
 
     return [web.get("/health", health), web.get("/metrics", metrics)]
 
 
+def errors(process: str, refuse: Refuse) -> Middleware:
+    """Every error leaves as our own body, made by `refuse`; every request is timed by verb and outcome."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.perf_counter()
+        outcome = "ok"
+        try:
+            return await handler(request)
+        except CulmError as error:
+            outcome = error.code
+            if isinstance(error, Bug):
+                log.exception("%s: a bug of ours", request.path)
+            return refuse(request, error)
+        except web.HTTPException as error:
+            outcome = f"http_{error.status}"
+            return refuse(request, _of_http(request, error))
+        except (ConnectionResetError, BrokenPipeError, asyncio.CancelledError):
+            outcome = "client_gone"
+            raise
+        except Exception:  # the last guard of a request: one bad request must not look like a dead process
+            outcome = "internal"
+            log.exception("%s failed", request.path)
+            return refuse(request, Bug(f"the request failed, see the log of the {process}"))
+        finally:
+            telemetry.REQUESTS.labels(request.get(VERB, OTHER), outcome).observe(time.perf_counter() - started)
+
+    return middleware
+
+
+def refusal(
+    error: CulmError,
+    encode: Callable[[msgspec.Struct], bytes] = msgspec.json.encode,
+    content_type: str = "application/json",
+) -> web.Response:
+    """{"error": {code, message, retryable, retry_after_s, details}} with the error's status and headers."""
+    body = error_body(error)
+    headers = {}
+    if body.retry_after_s is not None:
+        jittered = body.retry_after_s * (1 + random.uniform(0, RETRY_JITTER))  # noqa: S311  # spreads load, no secret
+        body = msgspec.structs.replace(body, retry_after_s=round(jittered, 3))
+        headers["Retry-After"] = str(max(1, round(jittered)))
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    encoded = encode(_Envelope(body))
+    return web.Response(body=encoded, status=error.http_status, content_type=content_type, headers=headers)
+
+
+class _Envelope(msgspec.Struct):
+    error: ErrorBody
+
+
+def _of_http(request: web.Request, error: web.HTTPException) -> CulmError:
+    if error.status == 404:
+        return ClientFault("unknown_path", f"there is no {request.path[:200]}", http_status=404)
+    if error.status == 405:
+        return ClientFault("method_not_allowed", f"{request.method} is not for {request.path[:200]}", http_status=405)
+    return ClientFault("bad_request", error.reason, http_status=error.status)
+
+
 @contextlib.asynccontextmanager
 async def side_http(where: str, process: str, ready: Ready) -> AsyncIterator[None]:
-    """Serve health and metrics of a process that is no HTTP server otherwise, at `unix:/path` or `tcp:host:port`."""
-    app = web.Application()
-    app.add_routes(health_routes(process, ready))
+    """Serve health and metrics of a process that is no HTTP server otherwise, at `unix:/path` or `tcp:host:port`.
+
+    It is plain HTTP without tokens, so for this machine only: raises ClientFault (bad_address for `tls:`, and as
+    address.parse and address.prepare_socket), Conflict(port_busy).
+    """
+    target = address.parse(where)
+    if target.kind == "tls":
+        raise ClientFault("bad_address", f"{where}: health and metrics are served at unix: or a loopback tcp: only")
+    app = web.Application(middlewares=[errors(process, lambda _request, error: refusal(error))])
+    app.add_routes(health_routes(process, ready, None))
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    target = address.parse(where)
     if target.kind == "unix":
         address.prepare_socket(target.path)
         site: web.BaseSite = web.UnixSite(runner, target.path)
     else:
         site = web.TCPSite(runner, target.host, target.port)
-    await site.start()
     try:
+        try:
+            await site.start()
+        except OSError as error:
+            raise Conflict("port_busy", f"cannot listen at {where}: {error.strerror}") from None
         yield
     finally:
         await runner.cleanup()

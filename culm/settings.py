@@ -6,8 +6,9 @@ are: a relative one belongs to the folder in which the process was started.
 """
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -207,6 +208,9 @@ class MonitorSettings(Settings, frozen=True, kw_only=True):
 
 
 S = TypeVar("S", bound=Settings)
+_PLACE = re.compile(r"at `\$\.([^`]+)`$")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+"""How msgspec says where it found what is wrong."""
 
 
 def load(path: Path, kind: type[S], *, prefix: str, environment: Mapping[str, str] | None = None) -> S:
@@ -219,7 +223,7 @@ def load(path: Path, kind: type[S], *, prefix: str, environment: Mapping[str, st
         environment: os.environ unless given.
 
     Raises:
-        ClientFault: bad_settings, with the file and the key.
+        ClientFault: bad_settings, with the key and the file or environment variable that it came from.
     """
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -227,13 +231,16 @@ def load(path: Path, kind: type[S], *, prefix: str, environment: Mapping[str, st
         raise ClientFault("bad_settings", f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ClientFault("bad_settings", f"{path} is not TOML: {error}") from None
-    for key, text in (os.environ if environment is None else environment).items():
-        if key.startswith(prefix):
-            _set(values, key.removeprefix(prefix).lower().split("__"), text, where=key)
+    variables: dict[tuple[str, ...], str] = {}
+    for variable, text in (os.environ if environment is None else environment).items():
+        if variable.startswith(prefix):
+            key = tuple(variable.removeprefix(prefix).lower().split("__"))
+            _set(values, key, text, where=variable)
+            variables[key] = variable
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ClientFault("bad_settings", f"{path}: {error}") from None
+        raise ClientFault("bad_settings", f"{_origin(str(error), variables) or path}: {error}") from None
 
 
 def keys(kind: type[Settings]) -> dict[str, Any]:
@@ -241,7 +248,17 @@ def keys(kind: type[Settings]) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _set(values: dict[str, Any], path: list[str], text: str, *, where: str) -> None:
+def _origin(message: str, variables: Mapping[tuple[str, ...], str]) -> str:
+    """The environment variable that a validation error is about, "" if it is about the file."""
+    if "missing required field" in message:
+        return ""
+    unknown, place = _UNKNOWN.search(message), _PLACE.search(message)
+    key = (*(place[1].split(".") if place else ()), *(unknown.groups() if unknown else ()))
+    # A table where a value belongs is an error of the value's place; the variable names something in that table.
+    return next((variable for known, variable in variables.items() if known[: len(key)] == key), "")
+
+
+def _set(values: dict[str, Any], path: Sequence[str], text: str, *, where: str) -> None:
     for part in path[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

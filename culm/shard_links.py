@@ -76,8 +76,3 @@ class ShardLinks:
 
     def _orphan(self, shard: str, verb: str, body: bytes, answer: bytes) -> None:
         self.on_orphan(shard, verb, body, answer)
-
-    @property
-    def names(self) -> list[str]:
-        """All shards of the topology."""
-        return list(self._topology().shards)

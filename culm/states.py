@@ -1,8 +1,10 @@
 """The state machine of a job, as one literal table.
 
 States and their meaning are PanDA's (terminology of panda-docs; the server of January 2009 and of 2026). Every
-transition writes one `job_event` row in the transaction that makes it; the SQL guards and `docs/states.md` come from
-this table. Final states absorb: no event leaves them (invariant I7).
+transition writes one `job_event` row in the transaction that makes it. `shard/transitions.py`, the one place where a
+state changes, asks this table about each change, with the job's row locked; SQL itself guards no more than that the
+row has the version that was read. `docs/states.md` is made from this table. Final states absorb: no event leaves them
+(invariant I7).
 """
 
 from enum import StrEnum
@@ -151,8 +153,3 @@ def next_state(state: State | None, event: Event) -> State:
     except KeyError:
         where = "a new job" if state is None else f"a job that is {state}"
         raise Conflict("bad_transition", f"{event} is not possible for {where}") from None
-
-
-def sources(event: Event) -> tuple[State, ...]:
-    """The states that `event` may leave, in the order of State: the guard of its SQL."""
-    return tuple(state for state in State if (state, event) in TRANSITIONS)

@@ -3,15 +3,16 @@
 Every authority has a folder of its own. In it its own section is the original, and those of the others are copies: the
 last good ones, brought up to date while those authorities can be reached (`adopt`).
 
-A change is made under a lock, against the epoch that its author saw, with a copy of what was before in `history/` and
-one line in `audit.jsonl`. Readers hold their last good copy: a file that is missing or broken for a moment changes
-nothing for them.
+A change is made under a lock, against the epoch that its author saw, with a copy of what was before in `history/` (the
+newest `KEPT` of each authority stay) and one line in `audit.jsonl`, which stays for good. Readers hold their last good
+copy: a file that is missing or broken for a moment changes nothing for them.
 """
 
 import contextlib
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ from culm.topology import Section, Topology, validate
 
 AUDIT: Final = "audit.jsonl"
 HISTORY: Final = "history"
+KEPT: Final = 200
+"""Sections of the past, per authority."""
 
 log = logging.getLogger("culm.topology")
 
@@ -100,6 +103,7 @@ def change(
         _replace(history / f"{authority}-{before.epoch}.json", before)
         _replace(folder / f"{authority}.json", after)
         _append_audit(folder, authority, (before.epoch, after.epoch), who)
+        _prune(history, authority)
         return after
 
 
@@ -163,10 +167,6 @@ class TopologyCache:
                 sections[section.authority] = section
         return sections
 
-    async def poll(self) -> None:
-        """One turn of a background loop."""
-        self.refresh_if_changed()
-
 
 def _read(path: Path) -> Section:
     try:
@@ -191,6 +191,17 @@ def _replace(path: Path, section: Section) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _prune(history: Path, authority: str) -> None:
+    """Drop all but the newest. What cannot be dropped stays: the change itself is made."""
+    name = re.compile(rf"{re.escape(authority)}-(\d+)\.json")
+    by_epoch = {int(found[1]): path for path in history.iterdir() if (found := name.fullmatch(path.name))}
+    for epoch in sorted(by_epoch)[:-KEPT]:
+        try:
+            by_epoch[epoch].unlink()
+        except OSError as error:
+            log.warning("the history keeps %s: %s", by_epoch[epoch], error)
 
 
 def _append_audit(folder: Path, authority: str, epochs: tuple[int, int], who: Who) -> None:

@@ -71,7 +71,7 @@ class SiteWaits(msgspec.Struct, frozen=True):
 
 
 class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the replay. Any of lost, twice and unfinished is a fault."""
+    """What became of the replay. Any of lost, twice and unfinished is a fault, and so is a job that did not finish."""
 
     submitted: int
     finished: int
@@ -88,8 +88,8 @@ class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def clean(self) -> bool:
-        """Whether every job was run once and is final."""
-        return not (self.lost or self.twice or self.unfinished)
+        """Whether every job was run once and finished: no simulated pilot reports anything else."""
+        return self.finished == self.submitted and not (self.lost or self.twice or self.unfinished)
 
 
 @dataclass

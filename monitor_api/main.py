@@ -2,15 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
 from culm import access, clock, service
-from culm.errors import Bug, ClientFault, Conflict, CulmError
-from culm.frames import error_body
+from culm.errors import Conflict, CulmError
 from culm.link import LinkOptions
 from culm.settings import MonitorSettings
 from culm.shard_links import ShardLinks
@@ -64,8 +62,10 @@ class Monitor:
 
     def app(self) -> web.Application:
         """The application with all routes."""
-        app = web.Application(middlewares=[_errors])
-        app.add_routes([*service.health_routes("monitor", self._ready), web.get("/v1/counts", self._counts)])
+        app = web.Application(middlewares=[service.errors("monitor", lambda _request, error: service.refusal(error))])
+        app.add_routes(
+            [*service.health_routes("monitor", self._ready, self._verifier), web.get("/v1/counts", self._counts)]
+        )
         return app
 
     async def counts(self) -> CountsAnswer:
@@ -86,6 +86,7 @@ class Monitor:
         return merge(topology, self._heard, missing, self._clock.monotonic())
 
     async def _counts(self, request: web.Request) -> web.Response:
+        request[service.VERB] = "counts"
         principal = self._verifier.verify(request.headers.get("Authorization"))
         access.require_role(principal, "user", "admin")
         return web.Response(body=msgspec.json.encode(await self.counts()), content_type="application/json")
@@ -96,26 +97,3 @@ class Monitor:
 
     async def _ready(self) -> str:
         return "" if self._topology.current.sections else "topology"
-
-
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Every error leaves as our own body."""
-    try:
-        return await handler(request)
-    except CulmError as error:
-        return _refusal(error)
-    except web.HTTPException as error:
-        code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status, "bad_request")
-        return _refusal(ClientFault(code, f"{request.method} {request.path[:200]}", http_status=error.status))
-    except Exception:  # the last guard of a request: one bad request must not look like a dead monitor
-        log.exception("%s failed", request.path)
-        return _refusal(Bug("the request failed, see the monitor's log"))
-
-
-def _refusal(error: CulmError) -> web.Response:
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
-    body = msgspec.json.encode({"error": error_body(error)})
-    return web.Response(body=body, status=error.http_status, content_type="application/json", headers=headers)

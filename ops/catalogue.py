@@ -3,21 +3,32 @@
 The columns are those of PanDA's schedconfig as its controller kept them in 2009: nickname (the computing queue), site,
 siteid, region, status, cmtconfig, releases, maxtime (s), memory (MB). Empty means unknown, 0 means no limit. `space` is
 the free space of the site's storage, not a limit of a job, and is not taken over.
+
+A file may have no column for a field, and no file has one for cores or leases: there a computing queue that is known
+stays as it is.
 """
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from culm.errors import ClientFault
-from culm.topology import Queue, SiteRegistration
+from culm.topology import Queue, Site, SiteRegistration
 
-COLUMNS: Final = frozenset(
-    {"nickname", "site", "siteid", "region", "status", "cmtconfig", "releases", "maxtime", "memory"}
-)
+REQUIRED: Final = frozenset({"nickname", "site", "region"})
+FIELD_OF: Final = {
+    "status": "status",
+    "maxtime": "walltime_s",
+    "memory": "memory_mb",
+    "releases": "releases",
+    "cmtconfig": "platforms",
+}
+"""Column -> the field of a computing queue that it gives."""
+_OPTIONAL: Final = ("siteid", *FIELD_OF)
 UNKNOWN_REGION: Final = "unknown"
 _STATUS: Final = {
     "online": "online",
@@ -32,20 +43,45 @@ _ANALYSIS_PREFIX: Final = "ANALY"
 """PanDA's naming rule for analysis queues."""
 
 
-def read(path: Path) -> list[SiteRegistration]:
-    """The sites of a catalogue in the order of their first computing queue.
+@dataclass(frozen=True)
+class Catalogue:
+    """The sites in the order of their first computing queue, and the fields that the file has columns for."""
 
-    Raises ClientFault(bad_catalogue) with the line's number.
-    """
+    sites: list[SiteRegistration]
+    fields: frozenset[str]
+
+    def over(self, known: Mapping[str, Site]) -> list[SiteRegistration]:
+        """The registrations that change nothing but these fields in computing queues that are known. Pure."""
+        return [
+            msgspec.structs.replace(
+                one, queues={name: self._over(queue, known.get(one.name), name) for name, queue in one.queues.items()}
+            )
+            for one in self.sites
+        ]
+
+    def _over(self, queue: Queue, site: Site | None, name: str) -> Queue:
+        before = site.queues.get(name) if site is not None else None
+        if before is None:
+            return queue
+        # No reason: a status that an operator gave one for is kept where it is registered.
+        return msgspec.structs.replace(before, reason="", **{field: getattr(queue, field) for field in self.fields})
+
+
+def read(path: Path) -> Catalogue:
+    """Read a catalogue. Raises ClientFault(bad_catalogue) with the line's number."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return _sites(csv.DictReader(file))
+            rows = csv.DictReader(file)
+            sites = _sites(rows)
+            return Catalogue(
+                sites, frozenset(FIELD_OF[column] for column in rows.fieldnames or () if column in FIELD_OF)
+            )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ClientFault("bad_catalogue", f"cannot read {path}: {error}") from None
 
 
 def _sites(rows: "csv.DictReader[str]") -> list[SiteRegistration]:
-    missing = COLUMNS - set(rows.fieldnames or ())
+    missing = REQUIRED - set(rows.fieldnames or ())
     if missing:
         raise ClientFault("bad_catalogue", f"columns are missing: {', '.join(sorted(missing))}")
     regions: dict[str, str] = {}
@@ -66,7 +102,7 @@ def _numbered(rows: Iterable[dict[str, str]]) -> Iterator[tuple[int, dict[str, s
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise _bad(line, "it has another number of fields than the header")
-        yield line, {name: value.strip() for name, value in row.items()}
+        yield line, dict.fromkeys(_OPTIONAL, "") | {name: value.strip() for name, value in row.items()}
 
 
 def _site_of(row: dict[str, str]) -> str:

@@ -1,17 +1,16 @@
 """The HTTP face of the router: a table of verbs. Handlers decode, call one use case, encode."""
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
-from culm import service, telemetry
-from culm.errors import Bug, ClientFault, CulmError
+from culm import service
+from culm.errors import ClientFault, CulmError
 from culm.ids import slot_of
+from culm.registry_wire import QueueRequest, ShardRequest, SitesRequest
 from culm.settings import RouterSettings
 from culm.tokens import Verifier
 from culm.wire import (
@@ -32,10 +31,6 @@ from router.submit import submit
 M = TypeVar("M", bound=msgspec.Struct)
 Answerer = Callable[[Principal, web.Request], Awaitable[msgspec.Struct]]
 
-OTHER: Final = "other"
-VERB: Final = web.RequestKey("verb", str)
-"""What the metrics call the request."""
-
 
 class Front:
     """The router's HTTP handlers over one Forward."""
@@ -50,8 +45,8 @@ class Front:
 
     def app(self, ready: service.Ready) -> web.Application:
         """The application with all routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
-        app.add_routes(service.health_routes("router", ready))
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[service.errors("router", _refuse)])
+        app.add_routes(service.health_routes("router", ready, self._verifier))
         forward, home = self._forward, self._home
         app.add_routes(
             [
@@ -59,9 +54,9 @@ class Front:
                 self._post("heartbeat", HeartbeatRequest, lambda who, body: pilots.heartbeat(forward, who, body)),
                 self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
-                self._post("sites", registry.SitesRequest, lambda who, body: registry.register(home, who, body)),
-                self._post("queue", registry.QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
-                self._post("shard", registry.ShardRequest, lambda who, body: registry.join(home, who, body)),
+                self._post("sites", SitesRequest, lambda who, body: registry.register(home, who, body)),
+                self._post("queue", QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
+                self._post("shard", ShardRequest, lambda who, body: registry.join(home, who, body)),
                 web.post("/v1/get_job", self._get_job),
                 self._get("job", "/v1/job/{id}", self._job),
                 self._get("jobs", "/v1/jobs", self._jobs),
@@ -74,7 +69,7 @@ class Front:
     async def _get_job(self, request: web.Request) -> web.StreamResponse:
         """Written here, not by the framework: a client that is gone by now gives its jobs back at once."""
         principal = self._principal(request)
-        request[VERB] = "get_job"
+        request[service.VERB] = "get_job"
         message = await dialects.decode(request, GetJobRequest)
         answer = await pilots.get_job(self._forward, principal, message)
         dialect = dialects.answer_dialect(request)
@@ -90,7 +85,7 @@ class Front:
         finally:
             if answer.jobs and not written:
                 self.orphans.unsent(self._shards_of(answer), principal, message)
-        request[VERB] = "get_job" if answer.jobs else "get_job_empty"
+        request[service.VERB] = "get_job" if answer.jobs else "get_job_empty"
         return response
 
     def _shards_of(self, answer: GetJobAnswer) -> list[str]:
@@ -125,7 +120,7 @@ class Front:
 
     def _handler(self, verb: str, answer: Answerer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
-            request[VERB] = verb
+            request[service.VERB] = verb
             # The token before the body: a stranger cannot make us read or decode anything.
             principal = self._principal(request)
             return dialects.encode(dialects.answer_dialect(request), await answer(principal, request))
@@ -135,39 +130,6 @@ class Front:
     def _principal(self, request: web.Request) -> Principal:
         return self._verifier.verify(request.headers.get("Authorization"))
 
-    @web.middleware
-    async def _errors(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        """Every error leaves as our own body, and every request is timed by verb and outcome."""
-        started = time.perf_counter()
-        outcome = "ok"
-        try:
-            return await handler(request)
-        except CulmError as error:
-            outcome = error.code
-            if isinstance(error, Bug):
-                service.log.error("%s: %s", request.path, error)
-            return dialects.encode_error(dialects.answer_dialect(request), error)
-        except web.HTTPException as error:
-            outcome = f"http_{error.status}"
-            return dialects.encode_error(dialects.answer_dialect(request), _of_http(request, error))
-        except (ConnectionResetError, BrokenPipeError, asyncio.CancelledError):
-            outcome = "client_gone"
-            raise
-        except Exception:  # the last guard of a request: one bad request must not look like a dead router
-            outcome = "internal"
-            service.log.exception("%s failed", request.path)
-            return dialects.encode_error(
-                dialects.answer_dialect(request), Bug("the request failed, see the router's log")
-            )
-        finally:
-            telemetry.REQUESTS.labels(request.get(VERB, OTHER), outcome).observe(time.perf_counter() - started)
 
-
-def _of_http(request: web.Request, error: web.HTTPException) -> CulmError:
-    if error.status == 404:
-        return ClientFault("unknown_path", f"there is no {request.path[:200]}", http_status=404)
-    if error.status == 405:
-        return ClientFault("method_not_allowed", f"{request.method} is not for {request.path[:200]}", http_status=405)
-    return ClientFault("bad_request", error.reason, http_status=error.status)
+def _refuse(request: web.Request, error: CulmError) -> web.Response:
+    return dialects.encode_error(dialects.answer_dialect(request), error)

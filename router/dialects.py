@@ -1,22 +1,18 @@
 """JSON and MessagePack over HTTP: the same messages, chosen by content type; and errors in either."""
 
 import asyncio
-import random
 from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
+from culm import service
 from culm.errors import ClientFault, CulmError
-from culm.frames import error_body
-from culm.wire import MAX_BODY_BYTES, ErrorBody, GetJobAnswer
+from culm.wire import MAX_BODY_BYTES, GetJobAnswer
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
-RETRY_JITTER: Final = 0.5
-"""Retry-After is lengthened by up to this part, so that the clients of a dead shard do not come back at once."""
-
 READ_S: Final = 30.0
 """A client that sends its body by drops does not hold a connection for ever."""
 
@@ -92,18 +88,5 @@ def grants_in(dialect: str, answer: GetJobAnswer) -> GetJobAnswer:
 
 
 def encode_error(dialect: str, error: CulmError) -> web.Response:
-    """{"error": {code, message, retryable, retry_after_s, details}} with the error's status."""
-    body = error_body(error)
-    headers = {}
-    if body.retry_after_s is not None:
-        jittered = body.retry_after_s * (1 + random.uniform(0, RETRY_JITTER))  # noqa: S311  # spreads load, no secret
-        body = msgspec.structs.replace(body, retry_after_s=round(jittered, 3))
-        headers["Retry-After"] = str(max(1, round(jittered)))
-    if error.http_status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    encoded = _ENCODERS[dialect].encode(_Envelope(body))
-    return web.Response(body=encoded, status=error.http_status, content_type=dialect, headers=headers)
-
-
-class _Envelope(msgspec.Struct):
-    error: ErrorBody
+    """An error of the service in this dialect."""
+    return service.refusal(error, _ENCODERS[dialect].encode, dialect)

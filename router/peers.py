@@ -17,11 +17,11 @@ from prometheus_client import Gauge
 
 from culm import access, topology_store
 from culm.errors import ClientFault, CulmError, Unavailable
+from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
 from culm.tokens import adopt_keys, public_keys
 from culm.topology import Topology
 from culm.wire import Principal
-from router.registry import AuthorityAnswer
 
 DEADLINE_S: Final = 2.0
 

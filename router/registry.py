@@ -5,16 +5,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from msgspec import Meta
 
 from culm import access, topology_store
-from culm.topology import Section, Shard, SiteRegistration, Topology, add_shard, register_sites, set_queue
+from culm.registry_wire import ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
+from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_queue
 from culm.topology_store import Who
-from culm.wire import Answer, Name, OptionalName, Principal, Request
-
-MAX_SITES_PER_CALL = 1000
+from culm.wire import Principal
 
 
 @dataclass(frozen=True)
@@ -23,59 +19,6 @@ class Home:
 
     folder: Path
     authority: str
-
-
-class SitesRequest(Request, frozen=True, kw_only=True):
-    """Register sites, or bring their computing queues up to date."""
-
-    sites: Annotated[list[SiteRegistration], Meta(min_length=1, max_length=MAX_SITES_PER_CALL)]
-    reason: Annotated[str, Meta(max_length=500)] = ""
-
-
-class QueueRequest(Request, frozen=True, kw_only=True):
-    """Change fields of one computing queue."""
-
-    queue: Name
-    changes: Annotated[dict[str, Any], Meta(min_length=1)]
-    reason: Annotated[str, Meta(max_length=500)] = ""
-
-
-class ChangedAnswer(Answer, frozen=True, kw_only=True):
-    """The section's epoch after the change; the same as before if there was nothing to change."""
-
-    authority: str
-    epoch: int
-
-
-class ShardRequest(Request, frozen=True, kw_only=True):
-    """Add a shard that is running: it serves the sites that are registered in its region from now on."""
-
-    name: Name
-    link: Annotated[str, Meta(min_length=1, max_length=300)]
-    """Where the routers reach it: `unix:/path` or `tls:host:port`."""
-    region: OptionalName = ""
-    """Made if it is new, with its own slot on this shard; "" to serve regions that come later."""
-    strict: bool = False
-    """Of a new region: its jobs may lie on its own shards only."""
-    weight: Annotated[int, Meta(ge=0, le=100)] = 1
-    """Its share of new sites, next to the region's other shards."""
-    expected_epoch: int | None = None
-    """The section's epoch that the plan was made for; None to build on whatever is there."""
-    reason: Annotated[str, Meta(max_length=500)] = ""
-
-
-class AuthorityAnswer(Answer, frozen=True, kw_only=True):
-    """What one authority decides: its section, and its public keys, PEM by kid."""
-
-    authority: str
-    section: Section
-    keys: dict[str, str]
-
-
-class TopologyAnswer(Answer, frozen=True, kw_only=True):
-    """Every section that this router knows."""
-
-    sections: list[Section]
 
 
 async def register(home: Home, principal: Principal, request: SitesRequest) -> ChangedAnswer:

@@ -1,7 +1,8 @@
 """What happens to a job after it was granted, or instead: heartbeat, report, cancel, release.
 
 Every write by a pilot names attempt and lease token; what does not match the lease gets 409 and changes nothing
-(invariants I4, I5). A repeated final report is answered from `report`, as the first was.
+(invariants I4, I5). A repeated final report is answered from `report`, as the first was; a repeated event of the
+data side gets the present state, if the job's history has it.
 """
 
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ class Lifecycle:
             raise _unknown(request.id)
         if not access.may_speak_for_data(call.principal, job.vo):
             raise access.forbidden("only the data side (role production) of the job's VO may say this")
-        if any(target is job.state and e is event for (_, e), target in TRANSITIONS.items()):
+        if await _is_repeat(tx, job, event):
             return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state), []
         if event in (Event.FINISH, Event.FAIL) and job.state not in _DATA_MAY_END:
             raise Conflict("bad_transition", f"{event} is not the data side's to say for a job that is {job.state}")
@@ -270,6 +271,16 @@ def _leased_to(locked: Locked, principal: Principal, identifier: int, held: tupl
             details={"state": job.state, "attempt": job.attempt},
         )
     return job, lease
+
+
+async def _is_repeat(tx: Transaction, job: Job, event: Event) -> bool:
+    """Whether an event of the data side is known: the job is where it leads, or has been there.
+
+    No event of the data side happens twice in the life of a job, so what stands in the history was said before.
+    """
+    if any(target is job.state and e is event for (_, e), target in TRANSITIONS.items()):
+        return True
+    return (job.state, event) not in TRANSITIONS and bool(await tx.fetch("find_event", job.id, event))
 
 
 async def _first_answer(tx: Transaction, request: ReportRequest) -> ReportAnswer | None:

@@ -35,6 +35,8 @@ def up(folder: Path, port: int | None, region: str | None, *, foreground: bool) 
     CERN is an authority of its own, with its own shard, router, monitor and supervisor: --region CERN starts it alone,
     --region central all but it.
 
+    Ctrl-C before it is up ends what was begun.
+
     \b
     Examples:
       culm up
@@ -43,13 +45,13 @@ def up(folder: Path, port: int | None, region: str | None, *, foreground: bool) 
       culm up --foreground
     """
     if foreground:
-        sys.exit(control.stay(_homes(folder, port, region)))
+        sys.exit(control.stay(homes_at(folder, port, region)))
     start(folder, port, region)
 
 
 def start(folder: Path, port: int | None, region: str | None = None) -> Layout:
     """Start, with a spinner; the home of the first that runs."""
-    homes = _homes(folder, port, region)
+    homes = homes_at(folder, port, region)
     console = Console(stderr=True)
     with console.status("starting") as spinner:
         control.up(homes, spinner.update)
@@ -58,7 +60,7 @@ def start(folder: Path, port: int | None, region: str | None = None) -> Layout:
     return homes[0]
 
 
-def _homes(folder: Path, port: int | None, region: str | None) -> list[Layout]:
+def homes_at(folder: Path, port: int | None, region: str | None) -> list[Layout]:
     """At the port that was asked for, else where the cluster was before."""
     layout = Layout(folder)
     known = [told.port + layout.port - home.port for home in layout.homes if (told := control.status(home.folder))]
@@ -78,7 +80,7 @@ def down(folder: Path, region: str | None) -> None:
       culm down --dir /data/second
       culm down --region CERN
     """
-    stopped = [home.authority for home in _homes(folder, None, region) if control.down(home.folder)]
+    stopped = [home.authority for home in homes_at(folder, None, region) if control.down(home.folder)]
     click.echo(f"stopped {', '.join(stopped)}" if stopped else f"nothing runs in {folder}", err=True)
 
 
@@ -99,26 +101,52 @@ def status(folder: Path, output: str) -> None:
         click.echo(f"no cluster runs in {folder}: culm up --dir {folder}" if output == "table" else '{"phase": "down"}')
         sys.exit(exits.UNAVAILABLE)
     phases = {authority: alive[authority].phase if authority in alive else "down" for authority in told}
+    now = time.time()
+    homes = {authority: Layout(folder, one.port, authority) for authority, one in alive.items()}
     if output == "json":
         rows = [
-            {"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts, "authority": authority}
+            {
+                "name": p.name,
+                "pid": p.pid,
+                "state": p.state,
+                "restarts": p.restarts,
+                "authority": authority,
+                "for_s": _since_s(p.since, now),
+            }
             for authority, one in alive.items()
             for p in one.processes
         ]
+        parts = {
+            authority: {
+                "phase": phases[authority],
+                "age_s": _since_s(one.began_at, now),
+                "port": one.port,
+                "router": homes[authority].router_url,
+                "monitor": homes[authority].monitor_url,
+            }
+            for authority, one in alive.items()
+        }
+        parts |= {authority: {"phase": "down"} for authority in told if authority not in parts}
         phase = "up" if set(phases.values()) == {"up"} else next(p for p in phases.values() if p != "up")
-        ports = {authority: one.port for authority, one in alive.items()}
-        click.echo(json.dumps({"phase": phase, "phases": phases, "ports": ports, "processes": rows}))
+        click.echo(json.dumps({"phase": phase, "authorities": parts, "processes": rows}))
         return
+    for authority, one in alive.items():
+        home = homes[authority]
+        urls = f"router {home.router_url}, monitor {home.monitor_url}"
+        click.echo(f"{authority}: {one.phase}, {_since_s(one.began_at, now):.0f} s old: {urls}")
     table = Table("authority", "process", "pid", "state", "restarts", "for")
     for authority, one in alive.items():
-        for process in one.processes:
-            age = f"{time.time() - process.since:.0f} s"
-            pid = str(process.pid)
-            table.add_row(authority, process.name, pid, process.state, str(process.restarts), age)
+        for p in one.processes:
+            since = f"{_since_s(p.since, now):.0f} s"
+            table.add_row(authority, p.name, str(p.pid), p.state, str(p.restarts), since)
     console().print(table)
     for authority, phase in phases.items():
         if phase != "up":
             click.echo(f"{authority}: {phase}")
+
+
+def _since_s(at: float, now: float) -> float:
+    return round(max(0.0, now - at), 1)
 
 
 @click.command()

@@ -14,11 +14,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from culm.errors import Unavailable
 from culm.states import FINAL, State
 from culm.wire import JobSpec, JobsQuery, SubmitRequest
 from ops.cli import exits
 from ops.cli.cluster import start
 from ops.cli.options import DIR, PORT, console, router
+from ops.cluster import control
 from ops.cluster.layout import FIRST_SHARDS, Layout, default_folder
 from ops.cluster.plan import DEMO_SITES
 
@@ -41,8 +43,8 @@ def demo(folder: Path, port: int | None) -> None:
       culm demo
       culm demo --dir /tmp/second --port 26080
     """
+    layout = start(folder, port)
     try:
-        layout = start(folder, port)
         _demonstrate(layout)
     except KeyboardInterrupt:
         click.echo(f"interrupted; the cluster stays up: {_command(folder, 'down')}", err=True)
@@ -53,7 +55,7 @@ def _demonstrate(layout: Layout) -> None:
     began = time.monotonic()
     pilots = [_pilot(layout, region, number) for region in REGIONS for number in range(PILOTS_PER_REGION)]
     try:
-        states = asyncio.run(_run(layout))
+        states = asyncio.run(_run_while_up(layout))
     finally:
         for pilot in pilots:
             pilot.terminate()
@@ -63,6 +65,21 @@ def _demonstrate(layout: Layout) -> None:
     _summary(layout, states, time.monotonic() - began)
     if states[State.FINISHED] != sum(states.values()):
         sys.exit(exits.FAILED)
+
+
+async def _run_while_up(layout: Layout) -> Counter[State]:
+    """`_run`, unless the cluster is stopped meanwhile. Raises Unavailable(not_running)."""
+    running = asyncio.create_task(_run(layout))
+    try:
+        while not running.done() and not control.is_leaving(layout.folder):
+            await asyncio.wait({running}, timeout=POLL_S)
+        if control.is_leaving(layout.folder) and not (running.done() and running.exception() is None):
+            again = _command(layout.folder, "demo")
+            raise Unavailable("not_running", f"the cluster was stopped in the middle of the demo: {again}")
+        return await running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def _run(layout: Layout) -> Counter[State]:

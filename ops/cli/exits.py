@@ -21,4 +21,4 @@ _BY_STATUS: Final = {400: USAGE, 401: REFUSED, 403: REFUSED, 404: NOT_FOUND, 409
 
 def of(error: CulmError) -> int:
     """The exit code of an error."""
-    return _BY_STATUS.get(error.http_status, FAILED)
+    return INTERRUPTED if error.code == "interrupted" else _BY_STATUS.get(error.http_status, FAILED)

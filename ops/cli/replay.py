@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from culm.errors import ClientFault
+from culm.registry_wire import ChangedAnswer, SitesRequest, TopologyAnswer
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import Principal
 from loadtest import workload_log
@@ -19,7 +20,6 @@ from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console, router, token
 from ops.cli.site import settle
 from ops.cluster import control
-from router.registry import ChangedAnswer, SitesRequest, TopologyAnswer
 
 TOKEN_S = 86_400.0
 N_WAITS_SHOWN = 12
@@ -37,7 +37,7 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
     """Replay a grid's job LOG (Standard Workload Format, also .gz): its users, groups and sites, scaled in time.
 
     The sites are registered first. The pilots are simulated: they sleep the scaled run time. Exit code 1 if a job was
-    lost, run twice, or not final in time.
+    lost, run twice, or not finished in time.
 
     \b
     Examples:

@@ -10,12 +10,12 @@ import msgspec
 from rich.table import Table
 
 from culm.errors import ClientFault, Unavailable
+from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
 from culm.topology import CENTRAL, SiteRegistration, Topology
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
 from ops.cluster import control
 from ops.cluster.layout import Layout
-from router.registry import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
 
 SETTLE_S: Final = 10.0
 """How long the other authorities' routers may take to see a change."""
@@ -87,7 +87,7 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
 @click.option("--reason", default="", help="Kept in the audit; marks a status as set by hand.")
 @click.argument("queue")
 @click.argument("changes", nargs=-1, required=True)
-def set_fields(folder: Path, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
+def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
     """Change fields of a computing queue, with the admin's token of the authority that it belongs to.
 
     \b
@@ -131,8 +131,8 @@ def import_sites(
 ) -> None:
     """Register the sites and computing queues of a catalogue (CSV, PanDA's schedconfig columns).
 
-    Sites that are known are brought up to date; a status that an operator set with a reason stays. A region nobody
-    knows goes to the centre. May be repeated.
+    Sites that are known are brought up to date; a status that an operator set with a reason stays, and so does every
+    field that the file has no column for. A region nobody knows goes to the centre. May be repeated.
 
     \b
     Examples:
@@ -142,7 +142,7 @@ def import_sites(
     found = catalogue.read(catalogue_file)
     before = _topology(folder, authority)
     by_authority: dict[str, list[SiteRegistration]] = {}
-    for one in found:
+    for one in found.over(before.sites):
         owner = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
         by_authority.setdefault(owner, []).append(one)
     told = []

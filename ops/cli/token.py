@@ -3,15 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import click
+import msgspec
 
+from culm import access, topology_store
 from culm.errors import ClientFault
 from culm.tokens import KeyRing
 from culm.wire import Principal
 from ops.cli.options import AUTHORITY, DIR, OUTPUT
 from ops.cluster.layout import Layout
+
+DAY_S: Final = 86_400.0
+MIN_VALID_S: Final = 60.0
 
 
 @click.group()
@@ -24,7 +29,7 @@ def token() -> None:
 @AUTHORITY
 @click.option("--vo", default="", help="The virtual organisation of a user.")
 @click.option("--group", "groups", multiple=True, help="A working group of a user.")
-@click.option("--role", "roles", multiple=True, help="production, or manager:GROUP.")
+@click.option("--role", "roles", multiple=True, help="Of a user: production, monitor (metrics), or manager:GROUP.")
 @click.option("--queue", "queues", multiple=True, help="A computing queue of a pilot, or PREFIX*.")
 @click.option("--days", type=click.FloatRange(min=0.0, max=3650.0, min_open=True), default=30.0, show_default=True)
 @click.argument("kind", type=click.Choice(["pilot", "user", "admin", "peer"]))
@@ -48,10 +53,41 @@ def issue(
     """
     ring = _ring(folder, authority)
     lists = {name: list(values) for name, values in several.items()}
-    if kind == "pilot" and not lists["queues"]:
-        raise ClientFault("bad_token", "a pilot's token needs --queue")
-    click.echo(ring.issue(Principal(role=kind, subject=subject, authority=authority, vo=vo, **lists), days * 86_400))
+    principal = Principal(role=kind, subject=subject, authority=authority, vo=vo, **lists)
+    _require_use(principal, days)
+    click.echo(ring.issue(principal, days * DAY_S))
+    for pattern in _unmatched(folder, principal.queues):
+        click.echo(f"warning: no computing queue that is registered now matches {pattern!r}", err=True)
     sys.stderr.write("whoever has it may act: keep it in a file of mode 0600\n" if sys.stderr.isatty() else "")
+
+
+def _require_use(principal: Principal, days: float) -> None:
+    """Raises ClientFault(bad_token) for a token that could do nothing, or not what was asked for."""
+    # "not .. <=": also for what is not a number.
+    if not days * DAY_S >= MIN_VALID_S:
+        raise ClientFault("bad_token", f"a token that is good for less than {MIN_VALID_S:.0f} s is of no use")
+    if principal.role == "pilot" and not principal.queues:
+        raise ClientFault("bad_token", "a pilot's token needs --queue")
+    if "" in principal.queues:
+        raise ClientFault("bad_token", "--queue '' is no computing queue: name one, or PREFIX*, or *")
+    if principal.role != "pilot" and principal.queues:
+        raise ClientFault("bad_token", f"--queue is for a pilot, the token is for a {principal.role}")
+    if principal.role != "user" and (principal.roles or principal.groups):
+        raise ClientFault("bad_token", f"--role and --group are for a user, the token is for a {principal.role}")
+    for role in principal.roles:
+        if role not in (access.PRODUCTION, access.MONITOR) and role.removeprefix("manager:") in {"", role}:
+            raise ClientFault("bad_token", f"the role {role!r} is neither production, monitor nor manager:GROUP")
+
+
+def _unmatched(folder: Path, patterns: list[str]) -> list[str]:
+    """Those that none of the registered computing queues match."""
+    known = topology_store.load(Layout(folder).topology).site_of_queue if patterns else {}
+    one = Principal(role="pilot", subject="", authority="")
+    return [
+        pattern
+        for pattern in patterns
+        if not any(access.allows_queue(msgspec.structs.replace(one, queues=[pattern]), queue) for queue in known)
+    ]
 
 
 @token.command()

@@ -16,8 +16,9 @@ import msgspec
 
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.topology import CENTRAL
+from ops.cluster.child import die_with_parent
 from ops.cluster.layout import Layout, make_private
-from ops.cluster.supervisor import RUNS_ALREADY, die_with_parent, start_time
+from ops.cluster.supervisor import RUNS_ALREADY, start_time
 
 UP_S: Final = 420.0
 """The first start may fetch an engine."""
@@ -46,6 +47,8 @@ class Status(msgspec.Struct, frozen=True):
     processes: list[ProcessStatus]
     failure: str = ""
     started: int = 0
+    began_at: float = 0.0
+    """When the supervisor began, seconds since the epoch."""
 
     @property
     def alive(self) -> bool:
@@ -74,11 +77,19 @@ def running(folder: Path, authority: str = CENTRAL) -> Layout:
 def up(homes: Sequence[Layout], progress: Callable[[str], None]) -> None:
     """Start these homes, all at once, and wait until they are up; one that is up already is left alone.
 
-    Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed). Safe to retry: yes.
+    Ctrl-C ends what this call has begun; a start that another one began goes on.
+
+    Raises Conflict(runs_elsewhere, port_busy), CulmError(start_failed, interrupted). Safe to retry: yes.
     """
-    starting = [(home, None if _runs_already(home) else _start(home)) for home in homes]
-    for home, process in starting:
-        _wait_up(home, process, progress)
+    begun: list[tuple[Layout, subprocess.Popen[bytes] | None]] = []
+    try:
+        for home in homes:
+            begun.append((home, None if _runs_already(home) else _start(home)))
+        for home, process in begun:
+            _wait_up(home, process, progress)
+    except KeyboardInterrupt:
+        told = _undo(begun)
+        raise CulmError("interrupted", f"interrupted; {told}") from None
 
 
 def _start(home: Layout) -> "subprocess.Popen[bytes]":
@@ -90,6 +101,18 @@ def _start(home: Layout) -> "subprocess.Popen[bytes]":
             stderr=log,
             start_new_session=True,
         )
+
+
+def _undo(begun: Sequence[tuple[Layout, "subprocess.Popen[bytes] | None"]]) -> str:
+    """End what this call has begun; a sentence on what became of it."""
+    own = [(home, process) for home, process in begun if process is not None and process.poll() != RUNS_ALREADY]
+    for _, process in own:
+        process.terminate()
+    for _, process in own:
+        _end(process)
+    if len(own) == len(begun):
+        return "what had been begun is ended"
+    return f"the start that another began goes on: culm down --dir {begun[0][0].folder}"
 
 
 def stay(homes: Sequence[Layout]) -> int:
@@ -121,6 +144,12 @@ def stay(homes: Sequence[Layout]) -> int:
                 one.returncode = codes[-1]
         end(0, None)
     return max(codes, key=abs)
+
+
+def is_leaving(folder: Path) -> bool:
+    """Whether the cluster is down or on its way there."""
+    told = status(folder)
+    return told is None or not told.alive or told.phase in ENDING
 
 
 def down(folder: Path) -> bool:
@@ -156,6 +185,14 @@ def _runs_already(layout: Layout) -> bool:
 def _supervisor(layout: Layout) -> list[str]:
     words = (str(layout.folder), str(layout.port), layout.authority)
     return [sys.executable, "-P", "-m", "ops.cluster.supervisor", *words]
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(DOWN_S)
+    except subprocess.TimeoutExpired:
+        raise CulmError("still_running", f"the supervisor {process.pid} has not ended in {DOWN_S:.0f} s") from None
 
 
 def _wait_end(told: Status) -> None:

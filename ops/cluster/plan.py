@@ -26,6 +26,9 @@ from ops.engines import innodb, valkey
 
 TOKEN_VALID_S: Final = 365 * 86_400.0
 DEMO_SITES: Final = {"US": "BNL", "EU": "DESY", "CERN": "CERN-PROD"}
+READY_S: Final = 60.0
+RECOVERY_S: Final = 600.0
+"""A database answers when it has gone through its log; to end it before that only makes it begin anew."""
 _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 
 
@@ -33,7 +36,8 @@ _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 class Process:
     """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health.
 
-    Those of a lower wave are up before the next wave is started: databases and Valkey 0, shards 1, router and monitor 2.
+    Those of a lower wave are up before the next wave is started: databases and Valkey 0, shards 1, router and monitor
+    2. One that still runs but does not answer after `ready_s` seconds is ended.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Process:
     ready: str
     wave: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    ready_s: float = READY_S
 
 
 def prepare(layout: Layout) -> list[Process]:
@@ -92,7 +97,7 @@ def shard_processes(layout: Layout, shard: str, engine: innodb.Engine) -> list[P
     config = _write(layout, shard, values)
     database = innodb.argv(engine, data / "db", sockets["db"])
     return [
-        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment),
+        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment, RECOVERY_S),
         Process(f"{shard}-valkey", valkey.argv(sockets["valkey"], data), f"unix:{sockets['valkey']}", 0),
         Process(shard, [*_RUN, "shard", "run", "--config", str(config)], f"unix:{sockets['link']}", 1),
     ]

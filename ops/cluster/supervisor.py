@@ -1,157 +1,110 @@
 """The supervisor: starts the processes in order, restarts with back-off what dies, ends all when it is told to.
 
-`python -m ops.cluster.supervisor DIR PORT AUTHORITY`, one for each authority's home. Its children die with it, whatever kills it. It holds a lock on the
-cluster's folder, which the kernel gives back, so that a killed one blocks nothing.
+`python -m ops.cluster.supervisor DIR PORT AUTHORITY`, one for each authority's home. Its children die with it, whatever
+kills it. It holds a lock on the home, which the kernel gives back, so that a killed one blocks nothing.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from culm import telemetry
 from culm.errors import CulmError
+from culm.service import Loops
+from ops.cluster import logs
+from ops.cluster.child import Child, Pace
 from ops.cluster.layout import Layout
 from ops.cluster.plan import Process, prepare
 
-READY_S: Final = 60.0
-POLL_S: Final = 0.03
-STOP_S: Final = 15.0
-FIRST_PAUSE_S: Final = 0.2
-MAX_PAUSE_S: Final = 10.0
-STABLE_S: Final = 30.0
-"""A process that lived so long starts again at the first pause."""
-MAX_LOG_BYTES: Final = 50 << 20
 RUNS_ALREADY: Final = 5
 """The exit code of one that found another at work."""
-PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None)
+_BEGAN_AT: Final = time.time()
 
-
-class _Child:
-    """One process through its lives."""
-
-    def __init__(self, process: Process, layout: Layout) -> None:
-        self.process = process
-        self.state = "starting"
-        self.restarts = 0
-        self.since = time.time()
-        self.running: asyncio.subprocess.Process | None = None
-        self._log = layout.logs / f"{process.name}.log"
-
-    async def start(self) -> None:
-        if self._log.exists() and self._log.stat().st_size > MAX_LOG_BYTES:
-            self._log.replace(self._log.with_suffix(".log.1"))
-        with self._log.open("ab") as log:
-            self.running = await asyncio.create_subprocess_exec(
-                *self.process.argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | dict(self.process.environment),
-                preexec_fn=die_with_parent,
-                start_new_session=True,
-            )
-        self.state, self.since = "starting", time.time()
-
-    async def ready(self) -> bool:
-        """Wait until it answers; False if it ended or was too slow."""
-        deadline = time.monotonic() + READY_S
-        while time.monotonic() < deadline and self.running is not None and self.running.returncode is None:
-            if await asyncio.to_thread(_answers, self.process.ready):
-                self.state = "up"
-                return True
-            await asyncio.sleep(POLL_S)
-        return False
-
-    async def stop(self) -> None:
-        running = self.running
-        if running is None or running.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            running.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(running.wait(), STOP_S)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                running.kill()
-            await running.wait()
-        self.state = "stopped"
+log = logging.getLogger("culm.supervisor")
 
 
 class Supervisor:
     """The children of one cluster."""
 
-    def __init__(self, layout: Layout, processes: list[Process]) -> None:
+    def __init__(self, layout: Layout, processes: list[Process], pace: Pace | None = None) -> None:
         self._layout = layout
-        self._children = [_Child(process, layout) for process in processes]
+        self._pace = pace or Pace()
+        self._children = [Child(process, layout.logs / f"{process.name}.log", self._pace) for process in processes]
         self._stop = asyncio.Event()
         self._phase = "starting"
         self._failure = ""
+        self._told = True
+
+    def stop(self) -> None:
+        """Let `run` end all, also while it starts them. Safe to retry: yes."""
+        self._stop.set()
 
     async def run(self) -> int:
-        """Start all, watch them until SIGTERM or SIGINT, end them in reverse order."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        watchers: list[asyncio.Task[None]] = []
+        """Start all, keep them up until `stop`, end them in reverse order; 1 if one did not come up."""
+        loops = Loops()
+        stopped = asyncio.create_task(self._stop.wait())
+        starting = asyncio.create_task(self._start())
         try:
-            # Databases first, all at once; then what needs them.
-            for wave in self._waves():
-                for child in wave:
-                    await child.start()
+            loops.every(self._pace.look_s, "housekeeping", self._housekeeping)
+            await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not stopped.done():
+                self._failure = starting.result()
+                if self._failure:
+                    return 1
+                for child in self._children:
+                    name = f"keep {child.process.name}"
+                    loops.every(self._pace.first_pause_s, name, partial(child.keep, self._tell))
+                self._phase = "up"
                 self._tell()
-                for child in wave:
-                    if not await child.ready():
-                        self._failure = f"{child.process.name} did not come up, see its log"
-                        return 1
-                self._tell()
-            watchers = [loop.create_task(self._watch(child)) for child in self._children]
-            self._phase = "up"
-            self._tell()
-            await self._stop.wait()
+                await stopped
             return 0
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            # Before anything ends: who asks for a start now waits for our end, and does not take us for up.
             self._phase = "failed" if self._failure else "stopping"
+            self._tell()
+            for task in (starting, stopped):
+                task.cancel()
+            await asyncio.gather(starting, stopped, return_exceptions=True)
+            await loops.stop()
             for wave in reversed(self._waves()):
                 await asyncio.gather(*(child.stop() for child in wave))
             self._phase = "failed" if self._failure else "down"
             self._tell()
 
-    def _waves(self) -> list[list[_Child]]:
+    async def _start(self) -> str:
+        """Start databases, all at once, then what needs them; what did not come up, or ""."""
+        for wave in self._waves():
+            for child in wave:
+                try:
+                    await child.start()
+                except OSError as error:
+                    return f"{child.process.name} cannot start: {error}"
+            self._tell()
+            for child in wave:
+                if not await child.ready():
+                    return f"{child.process.name} did not come up, see its log"
+            self._tell()
+        return ""
+
+    def _waves(self) -> list[list[Child]]:
         waves = sorted({child.process.wave for child in self._children})
         return [[child for child in self._children if child.process.wave == wave] for wave in waves]
 
-    async def _watch(self, child: _Child) -> None:
-        pause_s = FIRST_PAUSE_S
-        while True:
-            assert child.running is not None
-            code = await child.running.wait()
-            lived_s = time.time() - child.since
-            pause_s = FIRST_PAUSE_S if lived_s > STABLE_S else min(pause_s * 2, MAX_PAUSE_S)
-            child.state, child.since, child.restarts = (
-                f"restarting (ended with {code})",
-                time.time(),
-                child.restarts + 1,
-            )
+    async def _housekeeping(self) -> None:
+        if not self._told:
             self._tell()
-            await asyncio.sleep(pause_s)
-            await child.start()
-            await child.ready()
-            self._tell()
+        paths = [*self._layout.logs.glob("*.log"), *self._layout.folder.glob("supervisor.log")]
+        await asyncio.to_thread(logs.rotate, paths, max_bytes=self._pace.max_log_bytes)
 
     def _tell(self) -> None:
         children = [
@@ -164,21 +117,29 @@ class Supervisor:
             }
             for child in self._children
         ]
-        _tell(self._layout, self._phase, failure=self._failure, processes=children)
+        # Where it fails, the loop tells it again.
+        self._told = _tell(self._layout, self._phase, failure=self._failure, processes=children)
 
 
-def _tell(layout: Layout, phase: str, *, failure: str = "", processes: Sequence[Mapping[str, object]] = ()) -> None:
+def _tell(layout: Layout, phase: str, *, failure: str = "", processes: Sequence[Mapping[str, object]] = ()) -> bool:
+    """Write the status; whether it could be written. A supervisor must not die of a full disk."""
     told = {
         "phase": phase,
         "failure": failure,
         "pid": os.getpid(),
         "started": start_time(os.getpid()),
+        "began_at": _BEGAN_AT,
         "port": layout.port,
         "processes": list(processes),
     }
     beside = layout.status.with_suffix(".new")
-    beside.write_text(json.dumps(told), encoding="utf-8")
-    beside.replace(layout.status)
+    try:
+        beside.write_text(json.dumps(told), encoding="utf-8")
+        beside.replace(layout.status)
+    except OSError as error:
+        log.warning("the status cannot be written: %s", error)
+        return False
+    return True
 
 
 def start_time(pid: int) -> int:
@@ -202,12 +163,15 @@ def main() -> int:
         except BlockingIOError:
             sys.stderr.write("another supervisor runs here\n")
             return RUNS_ALREADY
+        telemetry.configure_logging("supervisor", "INFO")
         # Before the engine is fetched, which may take minutes: `down` must find who is at it.
         _tell(layout, "starting")
         try:
             processes = prepare(layout)
-        except CulmError as error:
-            _tell(layout, "failed", failure=error.message)
+        except (CulmError, OSError) as error:
+            told = error.message if isinstance(error, CulmError) else str(error)
+            log.exception("the cluster cannot be prepared")
+            _tell(layout, "failed", failure=told)
             return 1
         try:
             return asyncio.run(_run(layout, processes))
@@ -216,29 +180,10 @@ def main() -> int:
 
 
 async def _run(layout: Layout, processes: list[Process]) -> int:
-    return await Supervisor(layout, processes).run()
-
-
-def die_with_parent() -> None:
-    """For `preexec_fn`: the kernel ends the child when its parent is gone, whatever ended that."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _answers(target: str) -> bool:
-
-    if not target.startswith("unix:"):
-        try:
-            with urllib.request.urlopen(target, timeout=1.0) as answer:  # noqa: S310  # our own loopback URL
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(1.0)
-        try:
-            client.connect(target.removeprefix("unix:"))
-        except OSError:
-            return False
-    return True
+    supervisor = Supervisor(layout, processes)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+    return await supervisor.run()
 
 
 if __name__ == "__main__":

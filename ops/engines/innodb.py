@@ -21,6 +21,7 @@ from culm.errors import ClientFault
 PACKAGES: Final = ("mariadb-server-core", "mariadb-client-core")
 INSTALL_TIMEOUT_S: Final = 300
 _FOLDERS: Final = ("/usr/sbin", "/usr/local/sbin", "/usr/libexec", "/usr/bin")
+_BINARY: Final = "usr/sbin/mariadbd"
 _VERSION: Final = re.compile(r"Ver (\d+\.\d+\.\d+)")
 
 
@@ -46,12 +47,9 @@ class Engine:
 
 def find(cache: Path) -> Engine:
     """The engine of this machine, fetched if need be. Raises ClientFault(no_engine) with what to install."""
-    named = os.environ.get("CULM_MYSQLD")
-    if named:
-        return _identify(Path(named), None)
-    installed = _installed()
-    if installed is not None:
-        return installed
+    known = present(cache)
+    if known is not None:
+        return known
     if shutil.which("apt-get") is None:
         raise _missing("there is no apt to fetch one")
     if os.getuid() == 0:
@@ -61,6 +59,21 @@ def find(cache: Path) -> Engine:
             raise _missing("apt installed none")
         return installed
     return _unpacked(cache / "engines")
+
+
+def present(cache: Path) -> Engine | None:
+    """The engine that is on this machine; None if it would have to be fetched.
+
+    Raises ClientFault(no_engine) for one that does not run.
+    """
+    named = os.environ.get("CULM_MYSQLD")
+    if named:
+        return _identify(Path(named), None)
+    installed = _installed()
+    if installed is not None:
+        return installed
+    prefix = cache / "engines" / "mariadb"
+    return _identify(prefix / _BINARY, prefix) if (prefix / _BINARY).exists() else None
 
 
 def prepare(engine: Engine, datadir: Path, cache: Path) -> None:
@@ -181,7 +194,7 @@ def _install() -> None:
 def _unpacked(folder: Path) -> Engine:
     """Debian's packages and those they need that are not installed, unpacked where this user may write."""
     prefix = folder / "mariadb"
-    binary = prefix / "usr/sbin/mariadbd"
+    binary = prefix / _BINARY
     with _alone(folder):
         if not binary.exists():
             downloads = folder / "downloads"

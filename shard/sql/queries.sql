@@ -129,6 +129,9 @@ UPDATE lease SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND) WHE
 -- name: find_report
 SELECT token, state FROM report WHERE id = %s AND attempt = %s
 
+-- name: find_event
+SELECT n FROM job_event WHERE id = %s AND event = %s LIMIT 1
+
 -- name: insert_report
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
 

@@ -4,8 +4,9 @@ from typing import Any, Final
 
 import msgspec
 
-from culm import frames, matching, wire
+from culm import frames, matching, registry_wire, wire
 from culm.states import Event, State
+from culm.topology import Placement, Queue, Region, Section, Shard, Site, SiteRegistration
 
 ID: Final = (12_288 << 39) | 7
 JOBSET: Final = (3 << 39) | 1
@@ -50,6 +51,20 @@ PRINCIPAL = wire.Principal(
 AT = wire.SlotRef(3, 42)
 ERROR_BODY = wire.ErrorBody(
     code="shard_down", message="us1 is down", retryable=True, retry_after_s=1.5, details={"shard": "us1"}
+)
+QUEUE = Queue(
+    status="offline",
+    type="production",
+    cores=8,
+    memory_mb=16_000,
+    disk_mb=20_000,
+    walltime_s=86_400,
+    releases=["24.2.1"],
+    platforms=["x86_64-el9"],
+    priority_offsets={"higgs": -10},
+    first_lease_s=300.0,
+    heartbeat_s=1800.0,
+    reason="cooling",
 )
 HEARTBEAT = wire.HeartbeatRequest(id=ID, attempt=2, lease_token=TOKEN, state=State.RUNNING, usage=USAGE)
 REPORT = wire.ReportRequest(
@@ -231,6 +246,38 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         shards={"us1": 0.25},
         missing_shards=["eu1"],
     ),
+    registry_wire.SitesRequest(
+        sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})], reason="from the catalogue"
+    ),
+    registry_wire.QueueRequest(queue="BNL-q", changes={"status": "offline"}, reason="cooling"),
+    registry_wire.ChangedAnswer(authority="central", epoch=43),
+    registry_wire.TopologyAnswer(
+        sections=[
+            Section(
+                authority="central",
+                epoch=42,
+                shards={"us1": Shard(link="tls:us1.example.org:25090", weight=2)},
+                regions={"US": Region(slot=0, shards=["us1"], strict=True)},
+                sites={"BNL": Site(region="US", slots=[3], queues={"BNL-q": QUEUE})},
+                placement={3: Placement("us1", 42)},
+                default_region="US",
+            )
+        ]
+    ),
+    registry_wire.ShardRequest(
+        name="us2", link="tls:us2.example.org:25090", region="US", weight=2, expected_epoch=42, reason="more disks"
+    ),
+    registry_wire.AuthorityAnswer(
+        authority="CERN",
+        section=Section(
+            authority="CERN",
+            epoch=7,
+            shards={"cern1": Shard(link="tls:cern1.example.org:25090")},
+            regions={"CERN": Region(slot=12_288, shards=["cern1"], strict=True)},
+            placement={12_288: Placement("cern1", 1)},
+        ),
+        keys={"CERN-1700000000000-0a0b0c": "-----BEGIN PUBLIC KEY-----\n..."},
+    ),
     frames.Frame(frames.Kind.CALL, 9, "get_job", 10_000, b"\x80"),
 )
 
@@ -240,11 +287,12 @@ BASES: Final = frozenset({"Request", "Answer"})
 
 
 def message_types() -> set[str]:
-    """Every message that `culm.wire` defines, by name."""
+    """Every message that `culm.wire` and `culm.registry_wire` define, by name."""
     found: set[str] = set()
-    for name, value in vars(wire).items():
-        if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == wire.__name__:
-            found.add(name)
+    for module in (wire, registry_wire):
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == module.__name__:
+                found.add(name)
     return found - BASES
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from culm.client import Client
 from culm.errors import ClientFault, Conflict
+from culm.registry_wire import ChangedAnswer, QueueRequest
 from culm.states import State
 from culm.topology import Queue
 from culm.wire import (
@@ -23,7 +24,6 @@ from culm.wire import (
     SubmitAnswer,
     SubmitRequest,
 )
-from router.registry import ChangedAnswer, QueueRequest
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, PILOT, QUEUE, USER, Partition, job
 from tests.waiting import eventually

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from culm.errors import ClientFault, Conflict, CulmError
+from culm.registry_wire import MAX_SITES_PER_CALL, ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import Queue, SiteRegistration
 from culm.topology_store import AUDIT
 from culm.wire import GetJobRequest, JobSpec, PilotInfo, SubmitRequest
-from router.registry import MAX_SITES_PER_CALL, ChangedAnswer, QueueRequest, SitesRequest
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, PILOT, PRODUCTION, QUEUE, USER, Partition
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import jwt
 import msgspec
 import pytest
@@ -63,10 +64,20 @@ async def test_nothing_but_health_works_without_a_token(router: RunningFront) ->
     for method, path in (
         *(("POST", f"/v1/{verb}") for verb in ("submit", "get_job", "heartbeat", "report", "cancel", "sites", "queue")),
         *(("GET", f"/v1/{verb}") for verb in ("job/1", "jobs", "topology")),
+        ("GET", "/metrics"),
     ):
         reply = await router.send(method, path, b"{}" if method == "POST" else None, token="")
         assert (reply.status, reply.code) == (401, "no_token"), path
     assert (await router.send("GET", "/health", token="")).status == 200
+
+
+async def test_metrics_are_for_those_who_read_them(router: RunningFront) -> None:
+    assert (await router.send("GET", "/metrics", token=router.token(USER))).code == "forbidden"
+    reader = msgspec.structs.replace(USER, roles=["monitor"])
+    headers = {"Authorization": f"Bearer {router.token(reader)}"}
+    async with aiohttp.ClientSession(headers=headers) as http, http.get(f"{router.url}/metrics") as answer:
+        assert answer.status == 200
+        assert "culm_request_seconds_count" in await answer.text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from culm.client import Client
 from culm.errors import ClientFault, CulmError, Unavailable
 from culm.ids import slot_of
+from culm.registry_wire import ChangedAnswer, SitesRequest
 from culm.states import State
 from culm.wire import (
     CancelRequest,
@@ -21,7 +22,6 @@ from culm.wire import (
     SubmitAnswer,
     SubmitRequest,
 )
-from router.registry import ChangedAnswer, SitesRequest
 from tests.front import RunningFront, front_over
 from tests.partition import ADMIN, PILOT, USER
 from tests.two_partitions import TwoPartitions

@@ -159,6 +159,28 @@ async def test_inputs_that_are_missing_first(shard: Partition) -> None:
     assert grant.id == identifier
 
 
+@pytest.mark.parametrize("after", [State.SENT, State.RUNNING, State.FINISHED])
+async def test_a_repeated_event_of_the_data_side_gets_the_present_state(shard: Partition, after: State) -> None:
+    """Its first answer was lost; meanwhile a pilot took the job."""
+    [identifier] = await shard.submit(job(inputs=[InputFile(name="in.root", ready=False)]))
+    await shard.say(identifier, Event.ASSIGN)
+    await shard.say(identifier, Event.INPUTS_READY)
+    [grant] = await shard.get()
+    if after is not State.SENT:
+        await shard.heartbeat(grant)
+    if after is State.FINISHED:
+        await shard.report(grant)
+    before = await shard.job(identifier)
+    for event in (Event.ASSIGN, Event.INPUTS_READY):
+        answer = await shard.say(identifier, event)
+        assert (answer.state, answer.attempt) == (after, 1)
+    # What was never said is no repeat.
+    with pytest.raises(Conflict) as told:
+        await shard.say(identifier, Event.INPUTS_MISSING)
+    assert told.value.code == "bad_transition"
+    assert await shard.job(identifier) == before
+
+
 async def test_only_the_data_side_speaks_for_data(shard: Partition) -> None:
     [identifier] = await shard.submit(job(inputs=[InputFile(name="in.root", ready=False)]))
     with pytest.raises(ClientFault) as told:

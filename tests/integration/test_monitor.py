@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import aiohttp
 import pytest
 
 from culm.client import Client
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Unavailable
 from culm.ids import slot_of
 from culm.settings import MonitorSettings
 from culm.wire import CancelRequest, CountsAnswer, GetJobRequest, JobSpec, PilotInfo, Principal, SubmitRequest
@@ -194,3 +195,26 @@ async def test_errors_of_the_monitor_have_our_body_too(router: RunningFront, url
     ):
         reply = await _send(router, url, path, router.token(USER), method)
         assert (reply.status, reply.code) == (status, code)
+
+
+async def test_the_monitor_names_the_scheme_to_a_stranger_and_spreads_those_that_come_again(
+    router: RunningFront, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (await _send(router, url, "/v1/counts", "")).headers["WWW-Authenticate"] == "Bearer"
+
+    async def down(_monitor: Monitor) -> CountsAnswer:
+        raise Unavailable("shard_down", "no", retry_after_s=10.0)
+
+    monkeypatch.setattr(Monitor, "counts", down)
+    waits = {(await _send(router, url, "/v1/counts", router.token(USER))).body["error"]["retry_after_s"] for _ in "abc"}
+    assert len(waits) > 1
+    assert all(10.0 <= wait_s <= 15.0 for wait_s in waits)
+
+
+async def test_metrics_of_the_monitor_need_a_token_of_a_reader_of_metrics(router: RunningFront, url: str) -> None:
+    assert (await _send(router, url, "/metrics", "")).code == "no_token"
+    assert (await _send(router, url, "/metrics", router.token(USER))).code == "forbidden"
+    headers = {"Authorization": f"Bearer {router.token(ADMIN)}"}
+    async with aiohttp.ClientSession(headers=headers) as http, http.get(f"{url}/metrics") as answer:
+        assert answer.status == 200
+        assert 'culm_request_seconds_count{outcome="forbidden",verb="other"}' in await answer.text()

@@ -40,7 +40,11 @@ class _Modelled:
     reported: dict[int, State] = field(default_factory=dict)
     """By attempt: the answer of the report that ended it."""
 
+    history: set[Event] = field(default_factory=set)
+    """What has moved it: the data side's repeat of one of these is answered."""
+
     def go(self, event: Event) -> None:
+        self.history.add(event)
         self.state = TRANSITIONS[self.state, event]
         self.asked_to_cancel = self.asked_to_cancel and self.state in LEASED
 
@@ -123,7 +127,8 @@ class _Walk:
             return
         event = self.dice.choice(DATA)
         identifier = self.id_of(one)
-        repeated = any(target is one.state and e is event for (_, e), target in TRANSITIONS.items())
+        there = any(target is one.state and e is event for (_, e), target in TRANSITIONS.items())
+        repeated = there or event in one.history
         ends = event in (Event.FINISH, Event.FAIL)
         allowed = (one.state, event) in TRANSITIONS and (not ends or one.state in UNREADY | AFTER_WORKER)
         if not repeated and not allowed:

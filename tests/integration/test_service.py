@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from culm import telemetry
-from culm.errors import Unavailable
+from culm.errors import ClientFault, Unavailable
 from culm.service import Loops, side_http
 from tests.servers import free_ports
 from tests.waiting import eventually, eventually_sync
@@ -88,6 +88,16 @@ async def test_health_says_what_is_missing(folder: Path, where: str, missing: st
             text = await answer.text()
         assert answer.status == 200
         assert "culm_loop_runs_total" in text
+
+
+async def test_a_side_address_is_never_plain_where_tls_was_asked_for(folder: Path) -> None:
+    async def ready() -> str:
+        return ""
+
+    with pytest.raises(ClientFault) as caught:
+        async with side_http(f"tls:127.0.0.1:{PORT}", "shard us1", ready):
+            pass
+    assert caught.value.code == "bad_address"
 
 
 PROCESS = """

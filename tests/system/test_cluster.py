@@ -1,7 +1,10 @@
 """up, down, status, logs: exactly what was started is ended, a killed one blocks nothing, two do not meet."""
 
+import contextlib
 import fcntl
+import json
 import os
+import re
 import signal
 import subprocess
 import urllib.request
@@ -11,6 +14,7 @@ from pathlib import Path
 import jwt
 import pytest
 
+from culm.errors import CulmError
 from ops.cluster import control
 from ops.cluster.layout import Layout
 from tests import servers
@@ -37,6 +41,33 @@ def own(folder: Path) -> Iterator[Path]:
     remove_sockets(folder)
 
 
+def _phase(folder: Path) -> str:
+    told = control.status(folder)
+    return told.phase if told is not None else ""
+
+
+def _begun(*words: str, folder: Path, **environment: str) -> "subprocess.Popen[str]":
+    """A command that is not waited for."""
+    return subprocess.Popen(
+        [CULM, *words],
+        env=os.environ | {"CULM_DIR": str(folder)} | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def _held_templates(cache: Path) -> Iterator[None]:
+    """A supervisor with this cache waits, as it does while another cluster of this user makes the template."""
+    templates = cache / "culm" / "templates"
+    templates.mkdir(parents=True)
+    with (templates / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _up(folder: Path, port: int) -> "subprocess.CompletedProcess[str]":
     return culm("up", "--port", str(port), folder=folder, timeout_s=120.0)
 
@@ -45,9 +76,19 @@ def test_up_and_down_and_up_again_keep_the_data(own: Path) -> None:
     port = servers.free_ports(4)
     assert _up(own, port).returncode == 0
     status = decoded(culm("status", "-o", "json", folder=own))
-    assert (status["phase"], status["ports"]) == ("up", {"central": port, "CERN": port + 2})
+    parts = status["authorities"]
+    assert {name: (part["phase"], part["port"]) for name, part in parts.items()} == {
+        "central": ("up", port),
+        "CERN": ("up", port + 2),
+    }
     assert {process["name"] for process in status["processes"]} == PROCESSES
     assert {process["state"] for process in status["processes"]} == {"up"}
+    urls = (parts["CERN"]["router"], parts["CERN"]["monitor"])
+    assert (status["phase"], urls) == ("up", (f"http://127.0.0.1:{port + 2}", f"http://127.0.0.1:{port + 3}"))
+    ages_s = [*(part["age_s"] for part in parts.values()), *(process["for_s"] for process in status["processes"])]
+    assert all(0.0 <= age_s < DEADLINE_S for age_s in ages_s), ages_s
+    shown = culm("status", folder=own).stdout
+    assert f"router http://127.0.0.1:{port}, monitor http://127.0.0.1:{port + 1}" in shown
     submitted = culm("job", "submit", "--site", "BNL", "--", "true", folder=own).stdout.split()
     # A second up finds it up and changes nothing.
     assert _up(own, port).returncode == 0
@@ -63,6 +104,59 @@ def test_up_and_down_and_up_again_keep_the_data(own: Path) -> None:
     jobs = decoded(culm("job", "list", "-o", "json", folder=own))["jobs"]
     assert [str(job["id"]) for job in jobs] == submitted
     assert culm("down", folder=own).returncode == 0
+
+
+def test_an_up_during_a_down_waits_for_its_end_and_starts_anew(own: Path) -> None:
+    port = servers.free_ports(4)
+    assert _up(own, port).returncode == 0
+    before = control.status(own)
+    assert before is not None
+    [database] = [process.pid for process in before.processes if process.name == "us1-db"]
+    # The end cannot come before this one goes on.
+    os.kill(database, signal.SIGSTOP)
+    try:
+        leaving = _begun("down", folder=own)
+        eventually_sync(lambda: _phase(own) == "stopping", DEADLINE_S, what="it is told that it is stopping")
+        coming = _begun("up", "--port", str(port), folder=own)
+    finally:
+        os.kill(database, signal.SIGCONT)
+    leaving.communicate(timeout=DEADLINE_S)
+    assert leaving.returncode == 0
+    told = coming.communicate(timeout=120)[1]
+    assert coming.returncode == 0, told
+    after = control.status(own)
+    assert after is not None
+    assert (after.phase, after.pid == before.pid) == ("up", False)
+    assert culm("down", folder=own).returncode == 0
+
+
+def test_ctrl_c_in_up_ends_what_it_has_begun(own: Path) -> None:
+    starting = _begun("up", "--port", str(servers.free_ports(4)), folder=own)
+    eventually_sync(lambda: _phase(own) == "starting", DEADLINE_S, what="it has begun")
+    starting.send_signal(signal.SIGINT)
+    told = starting.communicate(timeout=DEADLINE_S)[1]
+    assert starting.returncode == 130
+    assert "what had been begun is ended" in told
+    assert "Traceback" not in told
+    assert processes_of(own) == []
+
+
+def test_ctrl_c_in_an_up_that_waits_for_another_one_leaves_that_alone(own: Path, tmp_path: Path) -> None:
+    words = ("up", "--port", str(servers.free_ports(4)))
+    with _held_templates(tmp_path):
+        first = _begun(*words, folder=own, XDG_CACHE_HOME=str(tmp_path))
+        eventually_sync(lambda: _phase(own) == "starting", DEADLINE_S, what="the first has begun")
+        known = control.status(own)
+        assert known is not None
+
+        def interrupted(_progress: str) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(CulmError, match="goes on: culm down"):
+            control.up([Layout(own, known.port)], interrupted)
+        assert _phase(own) == "starting"
+        assert culm("down", folder=own).returncode == 0
+        first.communicate(timeout=DEADLINE_S)
 
 
 def test_a_killed_supervisor_takes_all_with_it_and_blocks_nothing(own: Path) -> None:
@@ -116,19 +210,9 @@ def test_two_ups_at_once_start_one_cluster(own: Path) -> None:
 
 
 def test_a_cluster_that_is_being_prepared_is_found_and_ended(own: Path, tmp_path: Path) -> None:
-    # The supervisor waits for the lock that another cluster of this user holds while it makes the template.
-    templates = tmp_path / "culm" / "templates"
-    templates.mkdir(parents=True)
-    with (templates / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        starting = subprocess.Popen(
-            [CULM, "up", "--port", str(servers.free_ports(4))],
-            env=os.environ | {"CULM_DIR": str(own), "XDG_CACHE_HOME": str(tmp_path)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    with _held_templates(tmp_path):
+        words = ("up", "--port", str(servers.free_ports(4)))
+        starting = _begun(*words, folder=own, XDG_CACHE_HOME=str(tmp_path))
         eventually_sync((own / "data").exists, DEADLINE_S, what="it prepares")
         assert decoded(culm("status", "-o", "json", folder=own))["phase"] == "starting"
         assert "stopped" in culm("down", folder=own).stderr
@@ -184,6 +268,41 @@ def test_the_logs_of_a_process_are_shown_and_followed(running: Cluster) -> None:
     assert "serves" in shown.stdout
     unknown = running.culm("logs", "nobody")
     assert (unknown.returncode, "nobody" in unknown.stderr) == (3, True)
+
+
+def test_the_doctor_finds_a_running_cluster_well(running: Cluster) -> None:
+    told = decoded(running.culm("doctor", "-o", "json"))
+    levels = {check["name"]: check["level"] for check in told["checks"]}
+    # How fast this disk is, and how full, is not the cluster's doing.
+    del levels["fdatasync"], levels["disk space"]
+    assert (told["ok"], set(levels.values())) == (True, {"ok"})
+    assert {f"database of {shard}" for shard in ("us1", "eu1", "cern1")} <= levels.keys()
+    texts = [check["text"] for check in told["checks"]]
+    assert {f"held by this cluster's {name}" for name in ("router", "monitor", "CERN-router", "CERN-monitor")} <= set(
+        texts
+    )
+    assert texts.count("innodb_flush_log_at_trx_commit=1") == 3
+    assert "what to do" in running.culm("doctor").stdout
+
+
+def test_the_doctor_names_a_process_that_does_not_come_up(running: Cluster) -> None:
+    config = running.layout.configs / "monitor.toml"
+    good = config.read_text(encoding="utf-8")
+    config.write_text("nonsense = 1", encoding="utf-8")
+    try:
+        n_before = running.one("monitor").restarts
+        killed = running.kill("monitor")
+        # Once for the kill, once for the settings.
+        eventually_sync(lambda: running.one("monitor").restarts >= n_before + 2, DEADLINE_S)
+        done = running.culm("doctor", "-o", "json")
+        assert done.returncode == 1
+        bad = [check for check in json.loads(done.stdout)["checks"] if check["level"] == "bad"]
+        assert [check["name"] for check in bad] == [f"port {running.layout.port + 1}", "processes of central"]
+        assert re.fullmatch(r"monitor is (starting|restarting \(ended with \d\)), \d+ restarts", bad[1]["text"])
+        assert "culm logs" in bad[1]["advice"]
+    finally:
+        config.write_text(good, encoding="utf-8")
+        running.wait_back("monitor", killed)
 
 
 def test_a_key_is_rotated_without_a_restart_and_old_tokens_stay_good(running: Cluster) -> None:

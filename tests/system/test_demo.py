@@ -78,6 +78,29 @@ def test_ctrl_c_in_the_demo_ends_its_pilots_and_leaves_the_cluster_consistent(fo
     assert processes_of(folder) == []
 
 
+def test_a_cluster_that_is_stopped_in_the_middle_of_the_demo_is_said_clearly(folder: Path) -> None:
+    try:
+        shown = subprocess.Popen(
+            [CULM, "demo", "--port", str(servers.free_ports(2))],
+            env=os.environ | {"CULM_DIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        eventually_sync(lambda: _some_run(folder), 120.0, what="the first jobs run")
+        assert culm("down", folder=folder).returncode == 0
+        told = shown.communicate(timeout=60)[1]
+        assert shown.returncode == 4
+        assert "the cluster was stopped in the middle of the demo" in told
+        assert "Cannot connect" not in told
+        assert "Traceback" not in told
+    finally:
+        culm("down", folder=folder)
+        remove_sockets(folder)
+    assert processes_of(folder) == []
+
+
 def _some_run(folder: Path) -> bool:
     return any((folder / "pilots").glob("*/payload"))
 

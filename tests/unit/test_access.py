@@ -88,3 +88,21 @@ def test_a_missing_role_is_403_and_names_both() -> None:
     with pytest.raises(ClientFault, match=r"user or admin, the token has pilot") as caught:
         access.require_role(pilot("*"), "user", "admin")
     assert (caught.value.code, caught.value.http_status) == ("forbidden", 403)
+
+
+@pytest.mark.parametrize(
+    ("who", "allowed"),
+    [
+        (ADMIN, True),
+        (user(roles=("monitor",)), True),
+        (user(roles=("production", "manager:higgs")), False),
+        (Principal(role="pilot", subject="p", authority="central", roles=["monitor"]), False),
+    ],
+)
+def test_metrics_are_for_admins_and_the_role_monitor(who: Principal, allowed: bool) -> None:
+    if allowed:
+        access.require_monitor(who)
+        return
+    with pytest.raises(ClientFault) as caught:
+        access.require_monitor(who)
+    assert (caught.value.code, caught.value.http_status) == ("forbidden", 403)

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from culm.errors import ClientFault
@@ -17,7 +18,7 @@ needs_data = pytest.mark.skipif(not REAL.exists(), reason="the real catalogue is
 def _read(tmp_path: Path, *lines: str, head: str = HEAD) -> list[SiteRegistration]:
     path = tmp_path / "catalogue.csv"
     path.write_text("\n".join((head, *lines)) + "\n", encoding="utf-8")
-    return catalogue.read(path)
+    return catalogue.read(path).sites
 
 
 def _refused(tmp_path: Path, *lines: str, head: str = HEAD) -> str:
@@ -83,7 +84,50 @@ def test_a_bad_line_is_named(tmp_path: Path, lines: tuple[str, ...], message: st
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
-    assert "releases" in _refused(tmp_path, head="nickname,site,siteid,region,status,cmtconfig,maxtime,memory")
+    assert "region, site" in _refused(tmp_path, head="nickname,siteid,status,cmtconfig,releases,maxtime,memory")
+
+
+KNOWN = Queue(
+    status="test", type="production", cores=8, memory_mb=4000, disk_mb=100, walltime_s=3600, releases=["14.2"],
+    platforms=["i686-slc4"], priority_offsets={"higgs": 5}, first_lease_s=30.0, heartbeat_s=60.0,
+)  # fmt: skip
+
+
+def _imported(tmp_path: Path, known: Queue, row: str, head: str) -> Queue:
+    """The known computing queue `a` of site S after an import."""
+    section = Section(
+        authority="central",
+        epoch=1,
+        shards={"us1": Shard(link="unix:/a")},
+        regions={"US": Region(slot=0, shards=["us1"])},
+        placement={0: Placement("us1", 1)},
+    )
+    before = register_sites(section, [SiteRegistration(name="S", region="US", queues={"a": known})])
+    path = tmp_path / "catalogue.csv"
+    path.write_text(f"{head}\n{row}\n", encoding="utf-8")
+    return register_sites(before, catalogue.read(path).over(before.sites)).sites["S"].queues["a"]
+
+
+def test_an_import_leaves_alone_what_the_file_has_no_column_for(tmp_path: Path) -> None:
+    changed = _imported(tmp_path, KNOWN, "a,S,,US,online,,15.0,7200,2000", HEAD)
+    assert changed == msgspec.structs.replace(
+        KNOWN, status="online", platforms=[], releases=["15.0"], walltime_s=7200, memory_mb=2000
+    )
+    assert _imported(tmp_path, KNOWN, "a,S,US", "nickname,site,region") == KNOWN
+    only_memory = _imported(tmp_path, KNOWN, "a,S,US,1", "nickname,site,region,memory")
+    assert only_memory == msgspec.structs.replace(KNOWN, memory_mb=1)
+
+
+@pytest.mark.parametrize("head", [HEAD, "nickname,site,siteid,region"])
+def test_an_import_keeps_the_status_that_an_operator_gave_a_reason_for(tmp_path: Path, head: str) -> None:
+    known = msgspec.structs.replace(KNOWN, status="offline", reason="cooling")
+    after = _imported(tmp_path, known, "a,S,,US,online,,,," if head == HEAD else "a,S,,US", head)
+    assert (after.status, after.reason) == ("offline", "cooling")
+
+
+def test_a_new_queue_without_a_status_is_offline(tmp_path: Path) -> None:
+    [site] = _read(tmp_path, "q,S,US", head="nickname,site,region")
+    assert site.queues["q"] == Queue(status="offline")
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -100,7 +144,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @needs_data
 def test_all_real_queues_are_read_and_can_be_registered() -> None:
-    found = catalogue.read(REAL)
+    found = catalogue.read(REAL).sites
     assert sum(len(site.queues) for site in found) == 965
     assert len({name for site in found for name in site.queues}) == 965
     section = Section(

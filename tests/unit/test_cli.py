@@ -9,10 +9,15 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from culm import __version__, topology_store
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.tokens import KeyRing, Verifier
+from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
 from ops.cli import culm, exits
+from ops.cluster import control
+from ops.cluster.layout import Layout
 
-LOCAL = {"test", "router run", "shard run", "monitor run", "pilot build"}
+LOCAL = {"test", "router run", "shard run", "monitor run", "pilot build", "completion", "version"}
 """These speak to no cluster."""
 WITHOUT_DATA = {"up", "down", "logs", "demo", "test", "pilot run", "pilot build", "token issue", "token rotate", *LOCAL}
 """These show no data that a program would want as JSON; a token is printed bare."""
@@ -160,6 +165,84 @@ def test_wrong_use_is_told_by_exit_code_2_and_one_message(words: tuple[str, ...]
     assert told.exit_code == exits.USAGE
     assert "Usage:" in told.output
     assert "Traceback" not in told.output
+
+
+@pytest.fixture
+def signing(tmp_path: Path) -> Path:
+    """A cluster's folder with a signing key and one computing queue, BNL-q."""
+    layout = Layout(tmp_path)
+    layout.ring.ensure()
+    section = Section(
+        authority="central",
+        epoch=1,
+        shards={"us1": Shard(link="unix:/us1")},
+        regions={"US": Region(slot=0, shards=["us1"])},
+        placement={0: Placement("us1", 1)},
+    )
+    sites = [SiteRegistration(name="BNL", region="US", queues={"BNL-q": Queue()})]
+    topology_store.create(layout.topology, register_sites(section, sites))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("user", "ann", "--role", "king"), "'king' is neither production, monitor nor manager:GROUP"),
+        (("user", "ann", "--role", "manager:"), "'manager:' is neither"),
+        (("user", "ann", "--days", "0.0001"), "less than 60 s"),
+        (("user", "ann", "--days", "nan"), "less than 60 s"),
+        (("user", "ann", "--queue", "BNL-q"), "--queue is for a pilot"),
+        (("pilot", "p"), "needs --queue"),
+        (("pilot", "p", "--queue", ""), "no computing queue"),
+        (("pilot", "p", "--queue", "*", "--role", "production"), "are for a user"),
+        (("admin", "root", "--group", "higgs"), "are for a user"),
+    ],
+)
+def test_a_token_that_could_do_nothing_is_not_issued(words: tuple[str, ...], said: str, signing: Path) -> None:
+    told = _run("token", "issue", *words, folder=signing)
+    assert isinstance(told.exception, ClientFault)
+    assert (told.exception.code, told.stdout) == ("bad_token", "")
+    assert said in told.exception.message
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (("user", "ann", "--role", "production", "--role", "manager:higgs", "--days", "0.001"), []),
+        (("pilot", "p", "--queue", "BNL-q", "--queue", "B*", "--queue", "*"), []),
+        (("pilot", "p", "--queue", "BNL-q", "--queue", "DESY*", "--queue", "BNL"), ["DESY*", "BNL"]),
+    ],
+)
+def test_a_token_that_can_do_something_is_issued_and_what_matches_nothing_now_is_said(
+    words: tuple[str, ...], warned: list[str], signing: Path
+) -> None:
+    told = _run("token", "issue", *words, folder=signing)
+    assert told.exit_code == 0
+    principal = Verifier(Layout(signing).trusted).verify(f"Bearer {told.stdout.strip()}")
+    assert principal.subject == words[1]
+    assert re.findall(r"matches '([^']+)'", told.stderr) == warned
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script_for_the_shell(shell: str, tmp_path: Path) -> None:
+    told = _run("completion", shell, folder=tmp_path)
+    assert told.exit_code == 0
+    assert f"_CULM_COMPLETE={shell}_complete" in told.stdout
+
+
+def test_the_version_is_told_as_json_too(tmp_path: Path) -> None:
+    assert json.loads(_run("version", "-o", "json", folder=tmp_path).stdout)["culm"] == __version__
+    assert __version__ in _run("version", folder=tmp_path).stdout
+
+
+def test_ctrl_c_has_an_exit_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(control, "status", interrupted)
+    told = _run("status", folder=tmp_path)
+    assert isinstance(told.exception, CulmError)
+    assert exits.of(told.exception) == exits.INTERRUPTED
 
 
 def test_status_without_a_cluster_is_told_as_json_too(tmp_path: Path) -> None:

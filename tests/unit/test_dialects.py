@@ -5,9 +5,10 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.service import RETRY_JITTER
 from culm.wire import GetJobAnswer, Grant, JobSpec, JobsQuery
 from router import dialects
-from router.dialects import JSON, MSGPACK, RETRY_JITTER
+from router.dialects import JSON, MSGPACK
 
 SPEC = JobSpec(site="BNL", argv=["echo", "höhe"])
 

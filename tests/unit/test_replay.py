@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from culm.states import State
+from culm.states import FINAL, State
 from loadtest.replay import Plan, Replay, share_out
 from loadtest.workload_log import LoggedJob
 
@@ -68,6 +68,12 @@ def test_a_job_that_two_pilots_ended_is_counted_twice() -> None:
 def test_a_job_that_is_not_final_is_unfinished(state: State) -> None:
     report = _replay()._report(FINISHED | {3: state}, 1.0)
     assert (report.unfinished, report.clean) == (1, False)
+
+
+@pytest.mark.parametrize("state", sorted(FINAL - {State.FINISHED}))
+def test_a_job_that_ended_otherwise_is_no_success(state: State) -> None:
+    assert not _replay()._report(FINISHED | {3: state}, 1.0).clean
+    assert not _replay()._report(dict.fromkeys(FINISHED, state), 1.0).clean
 
 
 def test_waits_are_told_by_site() -> None:

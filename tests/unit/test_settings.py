@@ -106,6 +106,28 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, environment: dict[str
     assert caught.value.code == "bad_settings"
 
 
+@pytest.mark.parametrize(
+    ("text", "environment", "origin"),
+    [
+        ("", {"CULM_SHARD_PROCESS": "many"}, "CULM_SHARD_PROCESS"),
+        ("", {"CULM_SHARD_PROCESZ": "1"}, "CULM_SHARD_PROCESZ"),
+        ("", {"CULM_SHARD_DISPATCH__CAP": "0"}, "CULM_SHARD_DISPATCH__CAP"),
+        ("", {"CULM_SHARD_DISPATCH__CAPS": "1", "CULM_SHARD_DISPATCH__MAX_BATCH": "1"}, "CULM_SHARD_DISPATCH__CAPS"),
+        ("", {"CULM_SHARD_PROCESS__MORE": "1"}, "CULM_SHARD_PROCESS__MORE"),
+        ("", {"CULM_SHARD_DISPATCH": "much"}, "CULM_SHARD_DISPATCH"),
+        ("[dispatch]\ncap = 0\n", {"CULM_SHARD_DISPATCH__MAX_BATCH": "1", "CULM_SHARD_PROCESS": "1"}, "settings.toml"),
+        ("[dispatch]\ncaps = 1\n", {"CULM_SHARD_DISPATCH__MAX_BATCH": "1"}, "settings.toml"),
+        ("", {"CULM_SHARD_LINK_TLS__CA_FILE": "ca.pem"}, "settings.toml"),
+    ],
+)
+def test_what_is_wrong_is_sought_where_it_came_from(
+    tmp_path: Path, text: str, environment: dict[str, str], origin: str
+) -> None:
+    with pytest.raises(ClientFault) as caught:
+        load_shard(tmp_path, SHARD + text, environment)
+    assert caught.value.message.partition(":")[0].endswith(origin)
+
+
 def test_an_unknown_key_in_a_table(tmp_path: Path) -> None:
     with pytest.raises(ClientFault, match="first_leese_s"):
         load_shard(tmp_path, SHARD + "[timeouts]\nfirst_leese_s = 5\n")

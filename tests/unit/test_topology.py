@@ -21,6 +21,7 @@ from culm.topology import (
     Site,
     SiteRegistration,
     Topology,
+    add_shard,
     register_sites,
     set_queue,
     slot_block,
@@ -385,3 +386,42 @@ def test_any_order_of_registrations_keeps_a_valid_document_and_stable_slots(
         assert all(after.sites[name].slots == site.slots for name, site in now.sites.items())
         assert now.placement.items() <= after.placement.items()
         now = after
+
+
+# --- a shard more -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_region_gets_a_slot_on_its_shard_and_nothing_moves() -> None:
+    before = section()
+    after = add_shard(before, "asia1", Shard(link="unix:/run/asia1"), "ASIA")
+    assert after.epoch == 6
+    region = after.regions["ASIA"]
+    assert region.shards == ["asia1"]
+    assert region.slot not in before.placement
+    assert after.placement == before.placement | {region.slot: Placement("asia1", 6)}
+    assert (after.sites, after.shards) == (before.sites, before.shards | {"asia1": Shard(link="unix:/run/asia1")})
+
+
+def test_a_shard_of_a_known_region_takes_part_in_what_comes_later_only() -> None:
+    before = section()
+    after = add_shard(before, "us2", Shard(link="unix:/run/us2"), "US")
+    assert after.regions["US"].shards == ["us1", "us2"]
+    assert after.placement == before.placement
+    many = [SiteRegistration(name=f"US-{number}", region="US", queues={f"q{number}": Queue()}) for number in range(60)]
+    registered = register_sites(after, many)
+    placed = {registered.placement[registered.sites[one.name].slots[0]].shard for one in many}
+    assert placed == {"us1", "us2"}
+
+
+def test_a_shard_that_is_there_already_changes_nothing_and_another_of_its_name_is_refused() -> None:
+    there = section()
+    assert add_shard(there, "us1", Shard(link="unix:/run/us1"), "US") is there
+    assert add_shard(there, "us1", Shard(link="unix:/run/us1"), "") is there
+    for shard, region in ((Shard(link="unix:/elsewhere"), "US"), (Shard(link="unix:/run/us1"), "EU")):
+        with pytest.raises(Conflict, match="shard_exists"):
+            add_shard(there, "us1", shard, region)
+
+
+def test_a_shard_with_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(ClientFault, match="bad_topology"):
+        add_shard(section(), "asia1", Shard(link="somewhere"), "ASIA")

@@ -8,7 +8,7 @@ import pytest
 
 from culm.errors import ClientFault, Conflict
 from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, set_queue
-from culm.topology_store import AUDIT, TopologyCache, Who, change, create, load, load_section
+from culm.topology_store import AUDIT, TopologyCache, Who, adopt, change, create, load, load_section
 
 WHO = Who(actor="central:root", reason="a test", at=1.0)
 CERN_FIRST = 12_288
@@ -80,10 +80,9 @@ def test_who_builds_on_an_old_epoch_is_refused(folder: Path) -> None:
         lambda section: replace(section, default_region="US"),
         lambda section: replace(section, epoch=5),
         lambda section: replace(section, epoch=2, default_region="nowhere"),
-        lambda section: replace(section, epoch=2, shards=section.shards | {"cern1": Shard(link="unix:/run/x")}),
         lambda section: replace(section, epoch=2, placement=section.placement | {CERN_FIRST: Placement("us1", 2)}),
     ],
-    ids=["no new epoch", "an epoch too far", "not valid", "the name of another authority's", "another's slot"],
+    ids=["no new epoch", "an epoch too far", "not valid", "another's slot"],
 )
 def test_a_change_that_is_not_good_is_refused_and_nothing_is_written(
     folder: Path, edit: Callable[[Section], Section]
@@ -93,6 +92,61 @@ def test_a_change_that_is_not_good_is_refused_and_nothing_is_written(
     assert caught.value.code == "bad_topology"
     assert load_section(folder, CENTRAL) == central()
     assert not (folder / AUDIT).exists()
+
+
+# --- the other authorities --------------------------------------------------------------------------------------------
+
+
+def cern1_of_the_centre(section: Section) -> Section:
+    return replace(section, epoch=section.epoch + 1, shards=section.shards | {"cern1": Shard(link="unix:/run/x")})
+
+
+def test_a_name_that_another_authority_has_given_is_refused_and_nothing_is_written(folder: Path) -> None:
+    with pytest.raises(Conflict) as caught:
+        change(folder, CENTRAL, cern1_of_the_centre, WHO)
+    assert (caught.value.code, "cern1" in caught.value.message) == ("name_taken", True)
+    assert load_section(folder, CENTRAL) == central()
+
+
+def test_a_clash_that_came_about_apart_hinders_no_other_change(folder: Path) -> None:
+    # Each side gave the name while it could not see the other.
+    assert adopt(folder, replace(cern(), epoch=2, shards=cern().shards | {"us1": Shard(link="unix:/run/theirs")}))
+    home = load(folder, CENTRAL)
+    assert home.shards["us1"].link == "unix:/run/us1"
+    assert home.clashes == ["shard us1 is named by CERN and by another authority"]
+    assert load(folder, "CERN").shards["us1"].link == "unix:/run/theirs"
+    assert change(folder, CENTRAL, offline, WHO).epoch == 2
+    with pytest.raises(Conflict, match="cern1"):
+        change(folder, CENTRAL, cern1_of_the_centre, WHO)
+
+
+def test_what_another_authority_places_on_a_shard_that_is_passed_over_is_nowhere(folder: Path) -> None:
+    theirs = replace(
+        cern(),
+        epoch=2,
+        shards={"us1": Shard(link="unix:/run/theirs")},
+        regions={"CERN": Region(slot=CERN_FIRST, shards=["us1"], strict=True)},
+        placement={CERN_FIRST: Placement("us1", 2)},
+    )
+    assert adopt(folder, theirs)
+    assert CERN_FIRST not in load(folder, CENTRAL).placement
+    assert load(folder, "CERN").placement[CERN_FIRST].shard == "us1"
+
+
+def test_an_older_copy_never_replaces_a_newer_one(folder: Path) -> None:
+    newer = replace(cern(), epoch=3, default_region="CERN")
+    assert adopt(folder, newer)
+    assert not adopt(folder, replace(cern(), epoch=2))
+    assert not adopt(folder, newer)
+    assert load_section(folder, "CERN") == newer
+
+
+def test_a_copy_that_is_broken_is_replaced_and_a_bad_section_is_not_kept(folder: Path) -> None:
+    (folder / "CERN.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ClientFault, match="bad_topology"):
+        adopt(folder, replace(cern(), placement={CERN_FIRST: Placement("nobody", 1)}))
+    assert adopt(folder, cern())
+    assert load_section(folder, "CERN") == cern()
 
 
 def test_a_section_is_created_once(folder: Path) -> None:
