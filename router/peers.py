@@ -24,6 +24,8 @@ from culm.topology import Topology
 from culm.wire import Principal
 
 DEADLINE_S: Final = 2.0
+MAX_ANSWER_BYTES: Final = 64 << 20
+"""A section of 10,000 sites has about 10 MB."""
 
 _HEARD: Final = Gauge("culm_peer_heard_seconds", "When a peer last told its section, unix time", ["authority"])
 
@@ -87,6 +89,8 @@ class Peers:
                 headers={"Authorization": f"Bearer {token.strip()}"},
                 ssl=_tls(self._settings.peer_ca_file) if url.startswith("https:") else True,
             ) as response:
+                if response.content_length is None or response.content_length > MAX_ANSWER_BYTES:
+                    raise Unavailable("bad_answer", f"{url} answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
                 body = await response.read()
                 if response.status != 200:
                     raise Unavailable("peer_refuses", f"{url} answers {response.status}: {body[:200]!r}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from culm import access, topology_store
+from culm import access, address, topology_store
 from culm.registry_wire import ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
 from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_queue
 from culm.topology_store import Who
@@ -27,7 +27,11 @@ async def register(home: Home, principal: Principal, request: SitesRequest) -> C
 
 
 async def join(home: Home, principal: Principal, request: ShardRequest) -> ChangedAnswer:
-    """Raises ClientFault (forbidden, bad_topology), Conflict (shard_exists, epoch_changed). Safe to retry: yes."""
+    """Raises ClientFault (forbidden, bad_address, bad_topology), Conflict (shard_exists, epoch_changed, name_taken).
+
+    Safe to retry: yes.
+    """
+    address.parse(request.link)
     shard = Shard(link=request.link, weight=request.weight)
     return await _change(
         home,

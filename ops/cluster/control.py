@@ -130,9 +130,11 @@ def stay(homes: Sequence[Layout]) -> int:
     ]
 
     def end(_number: int, _frame: FrameType | None) -> None:
-        for one in supervisors:
-            one.terminate()
+        # Once: one that has cleared up its loop would die of a second SIGTERM instead of ending.
+        while waiting:
+            waiting.pop().terminate()
 
+    waiting = list(supervisors)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     codes = []

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from culm.errors import ClientFault, Conflict, CulmError
-from culm.registry_wire import MAX_SITES_PER_CALL, ChangedAnswer, QueueRequest, SitesRequest
+from culm.registry_wire import MAX_SITES_PER_CALL, ChangedAnswer, QueueRequest, ShardRequest, SitesRequest
 from culm.topology import Queue, SiteRegistration
 from culm.topology_store import AUDIT
 from culm.wire import GetJobRequest, JobSpec, PilotInfo, SubmitRequest
@@ -157,3 +157,43 @@ async def test_a_change_that_the_disk_refuses_changes_nothing(shard: Partition) 
         assert path.read_bytes() == b"{"
         path.write_bytes(good)
         assert (await register(router, site("X"))).epoch == 3
+
+
+# --- authorities ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_router_changes_the_section_of_its_own_authority_only(shard: Partition) -> None:
+    async with front(shard, authority="CERN") as router:
+        with pytest.raises(ClientFault) as caught:
+            await register(router, site("AGLT2"))
+        assert (caught.value.code, caught.value.http_status) == ("forbidden", 403)
+        assert audit(router) == []
+
+
+async def join(router: RunningFront, **fields: Any) -> ChangedAnswer:
+    """Add a shard as an admin."""
+    async with router.client(ADMIN) as admin:
+        return await admin.post("shard", ShardRequest(**fields), ChangedAnswer)
+
+
+async def test_a_shard_joins_once_and_only_as_it_was_planned(shard: Partition) -> None:
+    async with front(shard) as router:
+        before = router.forward.topology.epochs["central"]
+        wanted: dict[str, Any] = {"name": "asia1", "link": "unix:/run/asia1", "region": "ASIA"}
+        with pytest.raises(Conflict, match="epoch_changed"):
+            await join(router, **wanted, expected_epoch=before - 1)
+        first = await join(router, **wanted, expected_epoch=before)
+        assert await join(router, **wanted) == first
+        topology = router.forward.fresh_topology()
+        assert topology.regions["ASIA"].shards == ["asia1"]
+        [row] = audit(router)
+        assert (row["actor"], row["to_epoch"]) == ("central:root", before + 1)
+
+
+@pytest.mark.parametrize("link", ["somewhere", "tcp:example.org:1", "unix:relative"])
+async def test_a_shard_at_no_address_of_ours_is_refused(shard: Partition, link: str) -> None:
+    async with front(shard) as router:
+        with pytest.raises(ClientFault) as caught:
+            await join(router, name="asia1", link=link)
+        assert caught.value.http_status == 400
+        assert audit(router) == []

@@ -18,7 +18,7 @@ from culm.errors import CulmError
 from ops.cluster import control
 from ops.cluster.layout import Layout
 from tests import servers
-from tests.cluster import CULM, Cluster, cluster, culm, decoded, processes_of, remove_sockets
+from tests.cluster import CULM, Cluster, cluster, culm, decoded, processes_of
 from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.system
@@ -27,18 +27,6 @@ PROCESSES = {
     *("us1-db", "us1-valkey", "us1", "eu1-db", "eu1-valkey", "eu1", "cern1-db", "cern1-valkey", "cern1"),
     *("router", "monitor", "CERN-router", "CERN-monitor"),
 }
-
-
-@pytest.fixture
-def own(folder: Path) -> Iterator[Path]:
-    """A folder for a cluster that `culm up` starts: whatever a test leaves running there is ended."""
-    yield folder
-    for home in Layout(folder).homes:
-        told = control.status(home.folder)
-        if told is not None and told.alive:
-            os.kill(told.pid, signal.SIGTERM)
-            eventually_sync(lambda told=told: not told.alive, DEADLINE_S)  # type: ignore[misc]
-    remove_sockets(folder)
 
 
 def _phase(folder: Path) -> str:

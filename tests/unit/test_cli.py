@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from culm import __version__, topology_store
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
-from culm.tokens import KeyRing, Verifier
+from culm.tokens import Verifier
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
 from ops.cli import culm, exits
 from ops.cluster import control

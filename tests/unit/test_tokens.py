@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from culm.errors import ClientFault
-from culm.tokens import AUDIENCE, LEEWAY_S, MAX_TOKEN_CHARS, RELOAD_S, KeyRing, Verifier
+from culm.tokens import AUDIENCE, LEEWAY_S, MAX_TOKEN_CHARS, RELOAD_S, KeyRing, Verifier, adopt_keys, public_keys
 from culm.wire import Principal
 from tests.waiting import eventually_sync
 
@@ -267,3 +267,46 @@ def test_private_keys_are_readable_to_their_owner_only(ring: KeyRing, tmp_path: 
     for path in (tmp_path / "keys").iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o700
+
+
+# --- the keys of another authority ------------------------------------------------------------------------------------
+
+
+def test_exactly_the_keys_that_an_authority_tells_are_trusted(tmp_path: Path, ring: KeyRing) -> None:
+    theirs = KeyRing(tmp_path / "theirs", tmp_path / "their-trusted", "CERN")
+    old = theirs.ensure()
+    ours = tmp_path / "trusted"
+    assert adopt_keys(ours, "CERN", public_keys(tmp_path / "their-trusted", "CERN"))
+    new = theirs.rotate()
+    (tmp_path / "their-trusted" / f"{old}.pub").unlink()
+    told = public_keys(tmp_path / "their-trusted", "CERN")
+    assert list(told) == [new]
+    assert adopt_keys(ours, "CERN", told)
+    assert not adopt_keys(ours, "CERN", told)
+    assert public_keys(ours, "CERN") == told
+    # Our own stay, and a token of theirs is good here.
+    assert list(public_keys(ours, "central")) == [ring.ensure()]
+    user = Principal(role="user", subject="ann", authority="CERN", vo="atlas")
+    assert Verifier(ours).verify(f"Bearer {theirs.issue(user, VALID_S)}") == user
+
+
+def test_an_answer_without_keys_withdraws_none(tmp_path: Path) -> None:
+    trusted = tmp_path / "trusted"
+    KeyRing(tmp_path / "theirs", trusted, "CERN").ensure()
+    before = public_keys(trusted, "CERN")
+    assert not adopt_keys(trusted, "CERN", {})
+    assert public_keys(trusted, "CERN") == before
+
+
+@pytest.mark.parametrize("kid", ["central-1-a", "CERN-../../x", "CERN", "CERN-1/x", "", "CERN-1-a\n"])
+def test_a_key_under_the_name_of_somebody_else_is_refused(kid: str, tmp_path: Path, ring: KeyRing) -> None:
+    good = public_keys(tmp_path / "trusted", "central")[ring.ensure()]
+    with pytest.raises(ClientFault, match="bad_key"):
+        adopt_keys(tmp_path / "trusted", "CERN", {kid: good})
+    assert len(list((tmp_path / "trusted").iterdir())) == 1
+
+
+def test_what_is_no_public_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ClientFault, match="bad_key"):
+        adopt_keys(tmp_path, "CERN", {"CERN-1-a": "-----BEGIN PUBLIC KEY-----\nrubbish\n-----END PUBLIC KEY-----\n"})
+    assert list(tmp_path.iterdir()) == []

@@ -420,8 +420,3 @@ def test_a_shard_that_is_there_already_changes_nothing_and_another_of_its_name_i
     for shard, region in ((Shard(link="unix:/elsewhere"), "US"), (Shard(link="unix:/run/us1"), "EU")):
         with pytest.raises(Conflict, match="shard_exists"):
             add_shard(there, "us1", shard, region)
-
-
-def test_a_shard_with_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(ClientFault, match="bad_topology"):
-        add_shard(section(), "asia1", Shard(link="somewhere"), "ASIA")
