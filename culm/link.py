@@ -189,15 +189,28 @@ class LinkClient:
         self._streams = itertools.count(1)
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._never_up = True
+        self._new_until = 0.0
 
     @property
     def connected(self) -> bool:
         """Whether a call would leave now."""
         return self._connection is not None
 
+    @property
+    def peer(self) -> str:
+        """The name that the other side gave, "" while there is no connection."""
+        return self._connection.peer if self._connection is not None else ""
+
+    @property
+    def new(self) -> bool:
+        """Whether it is on its way to its first connection: a shard that has just joined is not down."""
+        return self._never_up and asyncio.get_running_loop().time() < self._new_until
+
     def start(self) -> None:
         """Connect, and keep connected, in the background."""
         if self._keeper is None:
+            self._new_until = asyncio.get_running_loop().time() + self.options.stall_s
             self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def stop(self) -> None:
@@ -261,6 +274,7 @@ class LinkClient:
                 if connection is not None:
                     pause_s = 0.05
                     self._connection = connection
+                    self._never_up = False
                     self._up.set()
                     await self._watch(connection)
                     self._forget(connection)

@@ -51,15 +51,30 @@ class ShardLinks:
 
         Raises as LinkClient.call, Unavailable(shard_down) for an unknown shard, Bug for an answer that is not ours.
         """
+        if shard not in self._links:
+            # It may have joined a moment ago.
+            await self.refresh()
         link = self._links.get(shard)
         if link is None:
             raise Unavailable("shard_down", f"shard {shard} is not known here yet", details={"shard": shard})
+        if link.new:
+            await link.wait_connected(min(deadline_s, self._options.stall_s))
         body = await link.call(verb, _ENCODER.encode(message), deadline_s)
         try:
             return msgspec.msgpack.decode(body, type=answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             # A CulmError, so that whoever asks many shards loses this one's answer only.
             raise Bug(f"shard {shard} answered {verb} with what is no {answer.__name__}: {error}") from None
+
+    async def who_answers(self, where: str, timeout_s: float) -> str:
+        """The name of the shard at an address that need not be in the topology; "" if none answers in time."""
+        link = LinkClient(where, where, self._options)
+        link.start()
+        try:
+            await link.wait_connected(timeout_s)
+            return link.peer
+        finally:
+            await link.stop()
 
     async def ask_many(
         self, calls: Sequence[tuple[str, msgspec.Struct]], verb: str, answer: type[A], deadline_s: float

@@ -38,6 +38,17 @@ class Who(msgspec.Struct, frozen=True, kw_only=True):
     at: float
 
 
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of the audit: whose section was changed between which epochs, by whom, why, and when (unix time)."""
+
+    authority: str
+    from_epoch: int
+    to_epoch: int
+    actor: str
+    reason: str
+    at: float
+
+
 def load(folder: Path, home: str | None = None) -> Topology:
     """Read every section; `home` as in Topology. Raises ClientFault(bad_topology) if one is broken or none is there."""
     files = sorted(folder.glob("*.json"))
@@ -52,6 +63,42 @@ def load_section(folder: Path, authority: str) -> Section:
     if not path.is_file():
         raise ClientFault("unknown_authority", f"{folder} holds no section of {authority!r}", http_status=404)
     return _read(path)
+
+
+def load_epoch(folder: Path, authority: str, epoch: int) -> Section:
+    """An authority's section as it was at an epoch: the newest `KEPT` are there.
+
+    Raises ClientFault (unknown_authority, unknown_epoch, bad_topology).
+    """
+    now = load_section(folder, authority)
+    if epoch == now.epoch:
+        return now
+    path = folder / HISTORY / f"{authority}-{epoch}.json"
+    if not path.exists():
+        raise ClientFault(
+            "unknown_epoch", f"epoch {epoch} of {authority} is not kept (it is at {now.epoch})", http_status=404
+        )
+    return _decode(path)
+
+
+def changes(folder: Path, authority: str, limit: int) -> list[Change]:
+    """The newest so many changes of an authority's section, newest first. Raises ClientFault(bad_topology)."""
+    try:
+        rows = (folder / AUDIT).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ClientFault("bad_topology", f"{folder / AUDIT}: {error.strerror}") from None
+    found: list[Change] = []
+    for row in reversed(rows):
+        # The last line may be half written, by one that was killed or whose disk was full.
+        with contextlib.suppress(msgspec.DecodeError):
+            one = msgspec.json.decode(row, type=Change)
+            if one.authority == authority:
+                found.append(one)
+        if len(found) == limit:
+            break
+    return found
 
 
 def create(folder: Path, section: Section) -> None:
@@ -168,11 +215,15 @@ class TopologyCache:
         return sections
 
 
-def _read(path: Path) -> Section:
+def _decode(path: Path) -> Section:
     try:
-        section = msgspec.json.decode(path.read_bytes(), type=Section)
+        return msgspec.json.decode(path.read_bytes(), type=Section)
     except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise ClientFault("bad_topology", f"{path}: {error}") from None
+
+
+def _read(path: Path) -> Section:
+    section = _decode(path)
     if section.authority != path.stem:
         raise ClientFault("bad_topology", f"{path} holds the section of {section.authority}")
     return section
@@ -205,7 +256,9 @@ def _prune(history: Path, authority: str) -> None:
 
 
 def _append_audit(folder: Path, authority: str, epochs: tuple[int, int], who: Who) -> None:
-    row = {"authority": authority, "from_epoch": epochs[0], "to_epoch": epochs[1], **msgspec.to_builtins(who)}
+    row = Change(
+        authority=authority, from_epoch=epochs[0], to_epoch=epochs[1], actor=who.actor, reason=who.reason, at=who.at
+    )
     with (folder / AUDIT).open("ab") as file:
         file.write(msgspec.json.encode(row) + b"\n")
         file.flush()

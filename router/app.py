@@ -56,7 +56,7 @@ class Front:
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
                 self._post("sites", SitesRequest, lambda who, body: registry.register(home, who, body)),
                 self._post("queue", QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
-                self._post("shard", ShardRequest, lambda who, body: registry.join(home, who, body)),
+                self._post("shard", ShardRequest, lambda who, body: registry.join(home, forward.links, who, body)),
                 web.post("/v1/get_job", self._get_job),
                 self._get("job", "/v1/job/{id}", self._job),
                 self._get("jobs", "/v1/jobs", self._jobs),

@@ -5,12 +5,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from culm import access, address, topology_store
+from culm.errors import Conflict, Unavailable
 from culm.registry_wire import ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
+from culm.shard_links import ShardLinks
 from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_queue
 from culm.topology_store import Who
 from culm.wire import Principal
+
+ANSWERS_S: Final = 2.0
+"""How long a shard that joins may take to greet."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,23 @@ async def register(home: Home, principal: Principal, request: SitesRequest) -> C
     return await _change(home, principal, lambda section: register_sites(section, request.sites), request.reason)
 
 
-async def join(home: Home, principal: Principal, request: ShardRequest) -> ChangedAnswer:
-    """Raises ClientFault (forbidden, bad_address, bad_topology), Conflict (shard_exists, epoch_changed, name_taken).
+async def join(home: Home, links: ShardLinks, principal: Principal, request: ShardRequest) -> ChangedAnswer:
+    """A shard joins that runs already: the first request for it must not find it down.
+
+    Raises:
+        ClientFault: forbidden, bad_address, bad_topology.
+        Unavailable: shard_down, if none answers at that link.
+        Conflict: other_shard (another one answers there), shard_exists, epoch_changed, name_taken.
 
     Safe to retry: yes.
     """
+    _require_own(home, principal)
     address.parse(request.link)
+    found = await links.who_answers(request.link, ANSWERS_S)
+    if not found:
+        raise Unavailable("shard_down", f"no shard answers at {request.link}: start it first (culm shard run)")
+    if found != request.name:
+        raise Conflict("other_shard", f"the shard at {request.link} is {found}, not {request.name}")
     shard = Shard(link=request.link, weight=request.weight)
     return await _change(
         home,
@@ -65,13 +82,17 @@ async def _change(
     *,
     expected: int | None = None,
 ) -> ChangedAnswer:
+    _require_own(home, principal)
+    who = Who(actor=f"{principal.authority}:{principal.subject}", reason=reason, at=time.time())
+    # It waits for a lock and for the disk.
+    section = await asyncio.to_thread(topology_store.change, home.folder, home.authority, edit, who, expected=expected)
+    return ChangedAnswer(authority=section.authority, epoch=section.epoch)
+
+
+def _require_own(home: Home, principal: Principal) -> None:
     """An admin changes the section of his own authority, at a router of that authority: elsewhere are only copies."""
     access.require_role(principal, "admin")
     if principal.authority != home.authority:
         raise access.forbidden(
             f"this router changes the section of {home.authority} only: ask a router of {principal.authority}"
         )
-    who = Who(actor=f"{principal.authority}:{principal.subject}", reason=reason, at=time.time())
-    # It waits for a lock and for the disk.
-    section = await asyncio.to_thread(topology_store.change, home.folder, home.authority, edit, who, expected=expected)
-    return ChangedAnswer(authority=section.authority, epoch=section.epoch)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib
 import os
 import sys
 from typing import Any, Final
@@ -12,42 +11,33 @@ import click
 from culm import __version__
 from culm.errors import CulmError, Unavailable
 from ops.cli import exits
+from ops.cli.lazy import LazyGroup, Place
 
 _COMMANDS: Final = {
-    "up": ("ops.cli.cluster", "start a cluster on this machine"),
-    "down": ("ops.cli.cluster", "stop it"),
-    "status": ("ops.cli.cluster", "its processes"),
-    "logs": ("ops.cli.cluster", "what its processes said"),
-    "demo": ("ops.cli.demo", "a cluster, 60 jobs, pilots that run them"),
-    "test": ("ops.cli.test", "run the tests"),
-    "router": ("ops.cli.run", "run a router"),
-    "shard": ("ops.cli.run", "run a shard"),
-    "monitor": ("ops.cli.run", "run a monitor"),
-    "job": ("ops.cli.job", "submit, list, show, kill"),
-    "site": ("ops.cli.site", "sites and computing queues"),
-    "topology": ("ops.cli.site", "which slot lives on which shard"),
-    "token": ("ops.cli.token", "signed tokens"),
-    "counts": ("ops.cli.counts", "the merged counts of all shards"),
-    "replay": ("ops.cli.replay", "a slice of a real grid's log through the cluster"),
-    "audit": ("ops.cli.audit", "check the stored data: nothing lost, nothing twice"),
-    "doctor": ("ops.cli.doctor", "what this machine and this cluster lack"),
-    "pilot": ("ops.cli.pilot", "run a pilot, build its zipapp"),
-    "completion": ("ops.cli.about", "a shell's completion of commands and options"),
-    "version": ("ops.cli.about", "which version this is"),
+    "up": Place("ops.cli.cluster", "up", "start a cluster on this machine"),
+    "down": Place("ops.cli.cluster", "down", "stop it"),
+    "status": Place("ops.cli.cluster", "status", "its processes"),
+    "logs": Place("ops.cli.cluster", "logs", "what its processes said"),
+    "demo": Place("ops.cli.demo", "demo", "a cluster, 60 jobs, pilots that run them"),
+    "test": Place("ops.cli.test", "test", "run the tests"),
+    "router": Place("ops.cli.run", "router", "run a router"),
+    "shard": Place("ops.cli.run", "shard", "run, list, show, add"),
+    "monitor": Place("ops.cli.run", "monitor", "run a monitor"),
+    "job": Place("ops.cli.job", "job", "submit, list, show, kill"),
+    "site": Place("ops.cli.site", "site", "sites and computing queues"),
+    "topology": Place("ops.cli.topology", "topology", "which slot lives on which shard, and who changed it"),
+    "token": Place("ops.cli.token", "token", "signed tokens"),
+    "counts": Place("ops.cli.counts", "counts", "the merged counts of all shards"),
+    "replay": Place("ops.cli.replay", "replay", "a slice of a real grid's log through the cluster"),
+    "audit": Place("ops.cli.audit", "audit", "check the stored data: nothing lost, nothing twice"),
+    "doctor": Place("ops.cli.doctor", "doctor", "what this machine and this cluster lack"),
+    "pilot": Place("ops.cli.pilot", "pilot", "run a pilot, build its zipapp"),
+    "completion": Place("ops.cli.about", "completion", "a shell's completion of commands and options"),
+    "version": Place("ops.cli.about", "version", "which version this is"),
 }
 
 
-class _Lazy(click.Group):
-    def list_commands(self, _context: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
-            return None
-        command: Any = getattr(importlib.import_module(_COMMANDS[name][0]), name)
-        assert isinstance(command, click.Command)
-        return command
-
+class _Culm(LazyGroup):
     def invoke(self, context: click.Context) -> Any:
         """Ctrl-C is one of our errors, with an exit code of its own."""
         try:
@@ -55,12 +45,8 @@ class _Lazy(click.Group):
         except KeyboardInterrupt:
             raise CulmError("interrupted", "interrupted") from None
 
-    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
-
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=exits.EPILOG)
+@click.group(cls=_Culm, places=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}, epilog=exits.EPILOG)
 @click.version_option(__version__, prog_name="culm")
 def culm() -> None:
     """A workload management system cut into independent partitions by region and site."""

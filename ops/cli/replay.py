@@ -18,7 +18,7 @@ from loadtest import workload_log
 from loadtest.replay import Plan, Replay, ReplayReport, queue_of
 from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console, router, token
-from ops.cli.site import settle
+from ops.cli.registry import settle
 from ops.cluster import control
 
 TOKEN_S = 86_400.0

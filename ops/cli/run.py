@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from culm import settings
+from ops.cli.lazy import LazyGroup, Place
 
 _CONFIG = click.option(
     "--config", required=True, type=click.Path(dir_okay=False, path_type=Path), help="TOML; see docs/settings.md."
@@ -30,12 +31,20 @@ def router_run(config: Path) -> None:
     run(settings.load(config, settings.RouterSettings, prefix="CULM_ROUTER_"))
 
 
-@click.group()
+@click.group(
+    cls=LazyGroup,
+    places={
+        "run": Place("ops.cli.run", "shard_run", "run one until SIGTERM"),
+        "list": Place("ops.cli.shard", "list_shards", "all shards, and which of them answer"),
+        "show": Place("ops.cli.shard", "show", "one shard with its regions, slots and jobs"),
+        "add": Place("ops.cli.shard", "add", "let a new shard join, for a new region or beside others"),
+    },
+)
 def shard() -> None:
-    """The server of one partition."""
+    """The servers of the partitions."""
 
 
-@shard.command("run")
+@click.command("run")
 @_CONFIG
 def shard_run(config: Path) -> None:
     """Run a shard until SIGTERM. CULM_SHARD_<KEY> overrides a key of the file.

@@ -1,7 +1,7 @@
 """`culm site import|list|show|set`, `culm topology show`."""
 
 import asyncio
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,13 +9,12 @@ import click
 import msgspec
 from rich.table import Table
 
-from culm.errors import ClientFault, Unavailable
-from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest, TopologyAnswer
-from culm.topology import CENTRAL, SiteRegistration, Topology
+from culm.errors import ClientFault
+from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
+from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
-from ops.cluster import control
-from ops.cluster.layout import Layout
+from ops.cli.registry import settle, topology_of
 
 SETTLE_S: Final = 10.0
 """How long the other authorities' routers may take to see a change."""
@@ -24,11 +23,6 @@ SETTLE_S: Final = 10.0
 @click.group()
 def site() -> None:
     """Sites and their computing queues."""
-
-
-@click.group()
-def topology() -> None:
-    """Which slot lives on which shard."""
 
 
 @site.command("list")
@@ -43,7 +37,7 @@ def list_sites(folder: Path, authority: str, output: str) -> None:
       culm site list
       culm site list -o json
     """
-    known = _topology(folder, authority)
+    known = topology_of(folder, authority)
     if output == "json":
         click.echo(msgspec.json.encode({name: _shown(known, name) for name in sorted(known.sites)}))
         return
@@ -67,7 +61,7 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
       culm site show BNL
       culm site show BNL -o json
     """
-    known = _topology(folder, authority)
+    known = topology_of(folder, authority)
     one = known.site(name)
     if output == "json":
         click.echo(msgspec.json.encode(_shown(known, name)))
@@ -95,14 +89,8 @@ def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue:
       culm site set BNL-q status=offline --reason "cooling"
       culm site set BNL-q memory_mb=8000
     """
-    wanted: dict[str, Any] = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ClientFault("bad_queue", f"{change!r} is not FIELD=VALUE")
-        wanted[name] = int(value) if value.lstrip("-").isdecimal() else value
-
-    known = _topology(folder, authority)
+    wanted = _fields(changes)
+    known = topology_of(folder, authority)
     owner = known.authority_of_region(known.queue(queue)[1].region)
 
     async def ask() -> ChangedAnswer:
@@ -117,6 +105,33 @@ def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue:
         click.echo(msgspec.json.encode(answer))
     else:
         click.echo(f"{owner}: epoch {answer.epoch}")
+
+
+@site.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--region", required=True, help="Where it lies; a region has a shard (culm shard add).")
+@click.option("--queue", "queues", multiple=True, help="A computing queue of it.  [default: NAME-q]")
+@click.option("--reason", default="", help="Kept in the audit.")
+@click.argument("name")
+@click.argument("fields", nargs=-1)
+def add(folder: Path, *, authority: str, output: str, region: str, reason: str, name: str, **many: Any) -> None:
+    """Register site NAME with its computing queues; FIELD=VALUE are what each queue offers. May be repeated.
+
+    \b
+    Examples:
+      culm site add TOKYO --region ASIA
+      culm site add TOKYO --region ASIA --queue TOKYO-short --queue TOKYO-long memory_mb=8000 cores=8
+    """
+    described = _queue(many["fields"])
+    queues = dict.fromkeys(many["queues"] or (f"{name}-q",), described)
+    site = SiteRegistration(name=name, region=region, queues=queues)
+    answer = asyncio.run(_register(folder, authority, [site], reason))
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+    else:
+        click.echo(f"{answer.authority}: epoch {answer.epoch}")
 
 
 @site.command("import")
@@ -140,7 +155,7 @@ def import_sites(
       culm site import schedconfig.csv --reason "catalogue of May"
     """
     found = catalogue.read(catalogue_file)
-    before = _topology(folder, authority)
+    before = topology_of(folder, authority)
     by_authority: dict[str, list[SiteRegistration]] = {}
     for one in found.over(before.sites):
         owner = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
@@ -168,37 +183,22 @@ def import_sites(
         )
 
 
-@topology.command("show")
-@DIR
-@AUTHORITY
-@OUTPUT
-def show_topology(folder: Path, authority: str, output: str) -> None:
-    """Show every section: its epoch, shards and regions.
+def _fields(changes: Iterable[str]) -> dict[str, Any]:
+    """FIELD=VALUE as an operator types them. Raises ClientFault(bad_queue)."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ClientFault("bad_queue", f"{change!r} is not FIELD=VALUE")
+        found[name] = int(value) if value.lstrip("-").isdecimal() else value
+    return found
 
-    \b
-    Examples:
-      culm topology show
-      culm topology show -o json
-    """
-    known = _topology(folder, authority)
-    if output == "json":
-        click.echo(msgspec.json.encode(list(known.sections.values())))
-        return
-    table = Table("authority", "epoch", "shard", "slots", "regions", "link")
-    for section in known.sections.values():
-        for name, shard in section.shards.items():
-            slots = sum(place.shard == name for place in section.placement.values())
-            regions = [region for region, one in section.regions.items() if name in one.shards]
-            table.add_row(
-                section.authority,
-                str(section.epoch),
-                name,
-                str(slots),
-                ", ".join(regions),
-                shard.link,
-                end_section=False,
-            )
-    console().print(table)
+
+def _queue(fields: Iterable[str]) -> Queue:
+    try:
+        return msgspec.convert(_fields(fields), Queue)
+    except msgspec.ValidationError as error:
+        raise ClientFault("bad_queue", str(error)) from None
 
 
 def _shown(known: Topology, name: str) -> dict[str, Any]:
@@ -214,33 +214,3 @@ async def _register(folder: Path, authority: str, sites: list[SiteRegistration],
         answer = await client.post("sites", SitesRequest(sites=sites, reason=reason), ChangedAnswer)
     await settle(folder, answer)
     return answer
-
-
-async def settle(folder: Path, changed: ChangedAnswer) -> None:
-    """Wait until the routers of the other authorities that run here know of a change; they ask every few seconds.
-
-    Raises Unavailable(not_seen) for one that does not come to know it.
-    """
-    for home in Layout(folder).homes:
-        told = control.status(home.folder)
-        if home.authority == changed.authority or told is None or not told.alive:
-            continue
-        deadline = time.monotonic() + SETTLE_S
-        async with router(folder, "admin", authority=home.authority) as client:
-            while True:
-                sections = (await client.get("topology", {}, TopologyAnswer)).sections
-                if any(one.authority == changed.authority and one.epoch >= changed.epoch for one in sections):
-                    break
-                if time.monotonic() > deadline:
-                    raise Unavailable(
-                        "not_seen", f"{home.authority} has not seen epoch {changed.epoch} of {changed.authority} yet"
-                    )
-                await asyncio.sleep(0.1)
-
-
-def _topology(folder: Path, authority: str) -> Topology:
-    async def ask() -> TopologyAnswer:
-        async with router(folder, "admin", authority=authority) as client:
-            return await client.get("topology", {}, TopologyAnswer)
-
-    return Topology(asyncio.run(ask()).sections, authority)

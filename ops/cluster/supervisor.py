@@ -41,6 +41,8 @@ class Supervisor:
         self._pace = pace or Pace()
         self._children = [Child(process, layout.logs / f"{process.name}.log", self._pace) for process in processes]
         self._stop = asyncio.Event()
+        self._more = asyncio.Event()
+        self._loops = Loops()
         self._phase = "starting"
         self._failure = ""
         self._told = True
@@ -49,11 +51,15 @@ class Supervisor:
         """Let `run` end all, also while it starts them. Safe to retry: yes."""
         self._stop.set()
 
+    def extend(self) -> None:
+        """Let `run` start what the home has more by now: a shard that was added. Safe to retry: yes."""
+        self._more.set()
+
     async def run(self) -> int:
         """Start all, keep them up until `stop`, end them in reverse order; 1 if one did not come up."""
-        loops = Loops()
+        loops = self._loops
         stopped = asyncio.create_task(self._stop.wait())
-        starting = asyncio.create_task(self._start())
+        starting = asyncio.create_task(self._start(self._waves(self._children)))
         try:
             loops.every(self._pace.look_s, "housekeeping", self._housekeeping)
             await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -62,8 +68,8 @@ class Supervisor:
                 if self._failure:
                     return 1
                 for child in self._children:
-                    name = f"keep {child.process.name}"
-                    loops.every(self._pace.first_pause_s, name, partial(child.keep, self._tell))
+                    self._keep(child)
+                loops.every(self._pace.first_pause_s, "extend", self._extend)
                 self._phase = "up"
                 self._tell()
                 await stopped
@@ -76,14 +82,34 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(starting, stopped, return_exceptions=True)
             await loops.stop()
-            for wave in reversed(self._waves()):
+            for wave in reversed(self._waves(self._children)):
                 await asyncio.gather(*(child.stop() for child in wave))
             self._phase = "failed" if self._failure else "down"
             self._tell()
 
-    async def _start(self) -> str:
+    def _keep(self, child: Child) -> None:
+        self._loops.every(self._pace.first_pause_s, f"keep {child.process.name}", partial(child.keep, self._tell))
+
+    async def _extend(self) -> None:
+        """One turn of a loop: what cannot be started is kept as any other, and tried again."""
+        await self._more.wait()
+        self._more.clear()
+        known = {child.process.name for child in self._children}
+        added = [
+            Child(process, self._layout.logs / f"{process.name}.log", self._pace)
+            for process in await asyncio.to_thread(prepare, self._layout)
+            if process.name not in known
+        ]
+        self._children += added
+        failure = await self._start(self._waves(added))
+        if failure:
+            log.warning("%s", failure)
+        for child in added:
+            self._keep(child)
+
+    async def _start(self, waves: Sequence[Sequence[Child]]) -> str:
         """Start databases, all at once, then what needs them; what did not come up, or ""."""
-        for wave in self._waves():
+        for wave in waves:
             for child in wave:
                 try:
                     await child.start()
@@ -96,9 +122,10 @@ class Supervisor:
             self._tell()
         return ""
 
-    def _waves(self) -> list[list[Child]]:
-        waves = sorted({child.process.wave for child in self._children})
-        return [[child for child in self._children if child.process.wave == wave] for wave in waves]
+    @staticmethod
+    def _waves(children: Sequence[Child]) -> list[list[Child]]:
+        waves = sorted({child.process.wave for child in children})
+        return [[child for child in children if child.process.wave == wave] for wave in waves]
 
     async def _housekeeping(self) -> None:
         if not self._told:
@@ -183,6 +210,7 @@ async def _run(layout: Layout, processes: list[Process]) -> int:
     supervisor = Supervisor(layout, processes)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, supervisor.extend)
     return await supervisor.run()
 
 

@@ -2,12 +2,18 @@
 
 import asyncio
 import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from culm.errors import ClientFault, Conflict, CulmError
+from culm.client import Client
+from culm.errors import ClientFault, Conflict, CulmError, Unavailable
+from culm.link import LinkServer
 from culm.registry_wire import MAX_SITES_PER_CALL, ChangedAnswer, QueueRequest, ShardRequest, SitesRequest
 from culm.topology import Queue, SiteRegistration
 from culm.topology_store import AUDIT
@@ -176,10 +182,28 @@ async def join(router: RunningFront, **fields: Any) -> ChangedAnswer:
         return await admin.post("shard", ShardRequest(**fields), ChangedAnswer)
 
 
+@asynccontextmanager
+async def listening(name: str) -> AsyncIterator[str]:
+    """The link of a shard that greets, and serves nothing yet."""
+
+    async def refuse(verb: str, _body: bytes, _deadline_s: float) -> bytes:
+        raise ClientFault("unknown_verb", verb)
+
+    server = LinkServer(name, refuse, lambda *_call: None)
+    with tempfile.TemporaryDirectory(prefix="culm-j-", dir="/tmp") as folder:
+        await server.start(f"unix:{folder}/link")
+        try:
+            yield f"unix:{folder}/link"
+        finally:
+            await server.stop(1.0)
+
+
 async def test_a_shard_joins_once_and_only_as_it_was_planned(shard: Partition) -> None:
-    async with front(shard) as router:
+    async with front(shard) as router, listening("asia1") as link:
         before = router.forward.topology.epochs["central"]
-        wanted: dict[str, Any] = {"name": "asia1", "link": "unix:/run/asia1", "region": "ASIA"}
+        wanted: dict[str, Any] = {"name": "asia1", "link": link, "region": "ASIA"}
+        with pytest.raises(Conflict, match="other_shard"):
+            await join(router, **(wanted | {"name": "asia2"}))
         with pytest.raises(Conflict, match="epoch_changed"):
             await join(router, **wanted, expected_epoch=before - 1)
         first = await join(router, **wanted, expected_epoch=before)
@@ -188,6 +212,15 @@ async def test_a_shard_joins_once_and_only_as_it_was_planned(shard: Partition) -
         assert topology.regions["ASIA"].shards == ["asia1"]
         [row] = audit(router)
         assert (row["actor"], row["to_epoch"]) == ("central:root", before + 1)
+
+
+async def test_a_shard_that_does_not_run_cannot_join(shard: Partition, tmp_path: Path) -> None:
+    async with front(shard) as router:
+        async with Client(router.url, router.token(ADMIN), patience_s=0.0) as admin:
+            with pytest.raises(Unavailable) as caught:
+                await admin.post("shard", ShardRequest(name="asia1", link=f"unix:{tmp_path}/none"), ChangedAnswer)
+        assert caught.value.code == "shard_down"
+        assert audit(router) == []
 
 
 @pytest.mark.parametrize("link", ["somewhere", "tcp:example.org:1", "unix:relative"])

@@ -50,7 +50,7 @@ class World:
         self.layout.logs.mkdir(parents=True)
         self.program = folder / "service"
         self.install()
-        process = Process("us1", [str(self.program), str(folder)], f"unix:{folder / 'socket'}", ready_s=ready_s)
+        process = Process("us1", [str(self.program), str(folder)], f"unix:{folder / 'socket'}", 0, ready_s=ready_s)
         self.supervisor = Supervisor(self.layout, [process], PACE)
 
     def install(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from culm.errors import ClientFault, Conflict
 from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, set_queue
-from culm.topology_store import AUDIT, TopologyCache, Who, adopt, change, create, load, load_section
+from culm.topology_store import AUDIT, TopologyCache, Who, adopt, change, changes, create, load, load_epoch, load_section
 
 WHO = Who(actor="central:root", reason="a test", at=1.0)
 CERN_FIRST = 12_288
@@ -59,6 +59,20 @@ def test_a_change_is_seen_recorded_and_its_forerunner_kept(folder: Path) -> None
     assert kept == central()
     [row] = [msgspec.json.decode(line) for line in (folder / AUDIT).read_bytes().splitlines()]
     assert (row["actor"], row["reason"], row["from_epoch"], row["to_epoch"]) == ("central:root", "a test", 1, 2)
+
+
+def test_the_past_can_be_read_newest_change_first(folder: Path) -> None:
+    change(folder, CENTRAL, offline, WHO)
+    change(folder, CENTRAL, lambda section: set_queue(section, "BNL-q", status="online"), replace(WHO, reason="again"))
+    with (folder / AUDIT).open("ab") as file:
+        file.write(b'{"authority": "cen')
+    assert [(row.to_epoch, row.reason) for row in changes(folder, CENTRAL, 10)] == [(3, "again"), (2, "a test")]
+    assert [row.to_epoch for row in changes(folder, CENTRAL, 1)] == [3]
+    assert changes(folder, "CERN", 10) == []
+    assert load_epoch(folder, CENTRAL, 1) == central()
+    assert load_epoch(folder, CENTRAL, 3) == load_section(folder, CENTRAL)
+    with pytest.raises(ClientFault, match="unknown_epoch"):
+        load_epoch(folder, CENTRAL, 4)
 
 
 def test_a_change_that_changes_nothing_leaves_no_trace(folder: Path) -> None:

@@ -1,0 +1,48 @@
+"""The topology as an authority's router tells it, and the wait until a change of it is seen by the others."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Final
+
+from culm.errors import Unavailable
+from culm.registry_wire import ChangedAnswer, TopologyAnswer
+from culm.topology import Topology
+from ops.cli.options import router
+from ops.cluster import control
+from ops.cluster.layout import Layout
+
+SETTLE_S: Final = 10.0
+"""How long the other authorities' routers may take to see a change."""
+
+
+def topology_of(folder: Path, authority: str) -> Topology:
+    """Every section that the router of an authority knows. Raises Unavailable(not_running) and as Client.get."""
+
+    async def ask() -> TopologyAnswer:
+        async with router(folder, "admin", authority=authority) as client:
+            return await client.get("topology", {}, TopologyAnswer)
+
+    return Topology(asyncio.run(ask()).sections, authority)
+
+
+async def settle(folder: Path, changed: ChangedAnswer) -> None:
+    """Wait until the routers of the other authorities that run here know of a change; they ask every few seconds.
+
+    Raises Unavailable(not_seen) for one that does not come to know it.
+    """
+    for home in Layout(folder).homes:
+        told = control.status(home.folder)
+        if home.authority == changed.authority or told is None or not told.alive:
+            continue
+        deadline = time.monotonic() + SETTLE_S
+        async with router(folder, "admin", authority=home.authority) as client:
+            while True:
+                sections = (await client.get("topology", {}, TopologyAnswer)).sections
+                if any(one.authority == changed.authority and one.epoch >= changed.epoch for one in sections):
+                    break
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        "not_seen", f"{home.authority} has not seen epoch {changed.epoch} of {changed.authority} yet"
+                    )
+                await asyncio.sleep(0.1)
