@@ -8,7 +8,18 @@ import pytest
 
 from culm.errors import ClientFault, Conflict
 from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, set_queue
-from culm.topology_store import AUDIT, TopologyCache, Who, adopt, change, changes, create, load, load_epoch, load_section
+from culm.topology_store import (
+    AUDIT,
+    TopologyCache,
+    Who,
+    adopt,
+    change,
+    changes,
+    create,
+    load,
+    load_epoch,
+    load_section,
+)
 
 WHO = Who(actor="central:root", reason="a test", at=1.0)
 CERN_FIRST = 12_288
