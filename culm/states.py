@@ -62,11 +62,11 @@ class Event(StrEnum):
     CLAIM = "claim"
     """A pilot's get_job takes it: attempt + 1, and a lease."""
     RELEASE = "release"
-    """The pilot gives it back, or its client was gone before the answer: no attempt is used up."""
+    """The pilot gives it back unharmed, or its client was gone before the answer: no attempt is used up."""
     EXPIRE = "expire"
-    """The lease ended by the database's clock, and attempts remain."""
+    """The attempt is lost, and others remain: its lease ended by the database's clock, or a pilot found it dead."""
     LOSE = "lose"
-    """The lease ended by the database's clock, and no attempt remains; or the outputs never came."""
+    """The attempt is lost, and none remains; or the outputs never came."""
     START = "start"
     """The pilot's first sign of life."""
     RUN = "run"
@@ -112,9 +112,9 @@ TRANSITIONS: Final[dict[tuple[State | None, Event], State]] = {
     (State.ACTIVATED, Event.CLAIM): State.SENT,
     # The pilot was told to go, or its client was gone before the answer: no attempt is used up.
     **_rows(_ON_WORKER, Event.RELEASE, State.ACTIVATED),
-    # The lease ended by the database's clock and attempts remain.
+    # The attempt is lost and others remain.
     **_rows(_ON_WORKER, Event.EXPIRE, State.ACTIVATED),
-    # The lease ended by the database's clock and no attempt remains, or the outputs never came.
+    # The attempt is lost and none remains, or the outputs never came.
     **_rows(LEASED, Event.LOSE, State.FAILED),
     (State.SENT, Event.START): State.STARTING,
     # Skips are real: a worker whose first sign of life is "running" (seen with Harvester).
@@ -143,7 +143,7 @@ PILOT_EVENTS: Final[dict[State, Event]] = {
     State.CANCELLED: Event.CANCEL,
     State.ACTIVATED: Event.RELEASE,
 }
-"""What a pilot means by the state that it reports; `activated` gives the job back."""
+"""What a pilot means by the state that it reports; `activated` gives the job back, with an error as a lost attempt."""
 
 
 def next_state(state: State | None, event: Event) -> State:

@@ -220,8 +220,9 @@ class HeartbeatAnswer(Answer, frozen=True, kw_only=True):
 class ReportRequest(Request, frozen=True, kw_only=True):
     """What became of a job.
 
-    A pilot sends `state` with `attempt` and `lease_token` (state `activated` gives the job back). The data side (role
-    production or admin) sends `event` instead: inputs_missing, assign, inputs_ready, move_outputs, merge, finish, fail.
+    A pilot sends `state` with `attempt` and `lease_token`. State `activated` gives the job back: no attempt is used up;
+    with an `error` the attempt had begun and is lost, as if its lease had ended. The data side (role production or
+    admin) sends `event` instead: inputs_missing, assign, inputs_ready, move_outputs, merge, finish, fail.
     """
 
     id: JobId

@@ -36,6 +36,8 @@ MAX_EMPTY_PAUSE_S = 30.0
 
 DONE, UNREACHABLE, REFUSED, UNUSABLE, STOPPED = 0, 4, 5, 6, 143
 RELEASED = {"state": "activated"}
+LOST = RELEASED | {"error": runner.failure(runner.KILLED, "the pilot was killed while it ran the job")}
+"""Uses up an attempt: a job that takes its pilots with it must come to an end."""
 _CANCEL = "cancel"
 
 
@@ -209,6 +211,8 @@ class Agent:
         if self._beat(entry, "starting", self._plan.patience_s) == _CANCEL:
             return {"state": runner.CANCELLED, "error": runner.failure(runner.CODES[runner.CANCELLED], "not begun")}
         environment = {"CULM_JOB_ID": str(grant["id"]), "CULM_ATTEMPT": str(grant["attempt"])}
+        # Before anything of it runs: what it may do to us counts against it.
+        entry.note(begun=True)
         try:
             payload = runner.start(grant["spec"], entry.payload, environment)
         except runner.PayloadError as error:
@@ -300,13 +304,14 @@ class Agent:
         self._report_quietly(entry, RELEASED, RELEASE_PATIENCE_S)
 
     def _clear_up(self) -> None:
-        """What killed pilots have left on this host: report what they finished, give back what they did not."""
+        """What killed pilots have left on this host: report what they finished and what they lost, give back the rest."""
         if time.monotonic() < self._clear_up_at:
             return
         self._clear_up_at = time.monotonic() + CLEAR_UP_S
         for entry in journal.left_behind(self._plan.work):
+            outcome = entry.record.get("outcome") or (LOST if entry.record.get("begun") else RELEASED)
             with self._stop:
-                if not self._report_quietly(entry, entry.record.get("outcome") or RELEASED, RELEASE_PATIENCE_S):
+                if not self._report_quietly(entry, outcome, RELEASE_PATIENCE_S):
                     return
 
 

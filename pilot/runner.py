@@ -26,6 +26,7 @@ MAX_LOG_MB = 2048
 # PanDA's pilot error codes.
 CODES = {"disk": 1104, "log": 1106, "cancelled": 1144, "memory": 1212, "walltime": 1213}
 CANNOT_RUN = 1110
+KILLED = 1200
 MISSING_OUTPUT = 1165
 CANCELLED = "cancelled"
 

@@ -32,7 +32,7 @@ from culm.wire import (
 from shard.database import Database, Transaction
 from shard.hints import Hint, Notices
 from shard.ownership import Ownership
-from shard.transitions import Change, Job, Lease, Locked, apply, lock_jobs, lock_slots
+from shard.transitions import Change, Job, Lease, Locked, apply, lock_jobs, lock_slots, lost
 
 HEARTBEAT_STATES: Final = LEASED - {State.SENT}
 DATA_EVENTS: Final = frozenset(
@@ -188,10 +188,13 @@ class Lifecycle:
     ) -> tuple[ReportAnswer, list[Hint]]:
         """Make the transition, keep the report if it ends the attempt, else renew the lease."""
         event, lease = what
-        request = call.request
-        state = next_state(job.state, event)
-        detail = request.error.text if request.error else ""
-        change = Change(job=job, event=event, actor=call.principal.subject, detail=detail, error=request.error)
+        request, actor = call.request, call.principal.subject
+        if event is Event.RELEASE and request.error is not None:
+            change = lost(job, actor, request.error)
+        else:
+            detail = request.error.text if request.error else ""
+            change = Change(job=job, event=event, actor=actor, detail=detail, error=request.error)
+        state = next_state(job.state, change.event)
         hints = await apply(tx, [change])
         if state not in LEASED and lease is not None:
             await tx.execute("insert_report", job.id, job.attempt, lease.token, state, _ENCODER.encode(request))

@@ -18,7 +18,7 @@ from culm.wire import JobError, SlotRef
 from shard.database import Database, Transaction
 from shard.hints import Hint, Notices
 from shard.ownership import Ownership
-from shard.transitions import Change, Job, apply, lock_jobs, lock_slots
+from shard.transitions import Change, Job, apply, lock_jobs, lock_slots, lost
 
 BATCH: Final = 200
 ACTOR: Final = "reaper"
@@ -36,7 +36,6 @@ _ERRORS: Final = {
     State.MERGING: RECOVERY_FAILED,
     State.TRANSFERRING: TRANSFER_TIMEOUT,
 }
-_RETRIED: Final = frozenset({State.SENT, State.STARTING, State.RUNNING})
 
 _EXPIRED: Final = Counter("culm_lease_expired_total", "Leases that ended by the database's clock", ["outcome"])
 
@@ -137,6 +136,4 @@ def _end(job: Job) -> Change:
     error = _ERRORS[job.state]
     if job.cancel_requested:
         return Change(job=job, event=Event.CANCEL, actor=ACTOR, detail=error.text)
-    if job.state in _RETRIED and job.lost + 1 < job.max_attempts:
-        return Change(job=job, event=Event.EXPIRE, actor=ACTOR, detail=error.text, lost=job.lost + 1)
-    return Change(job=job, event=Event.LOSE, actor=ACTOR, detail=error.text, lost=job.lost + 1, error=error)
+    return lost(job, ACTOR, error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from culm.errors import Moved
-from culm.states import FINAL, LEASED, Event, State, next_state
+from culm.states import FINAL, LEASED, TRANSITIONS, Event, State, next_state
 from culm.wire import JobError, SlotRef
 from shard.database import ChangedUnderfootError, Row, Transaction
 from shard.hints import ClassKey, Hint
@@ -80,6 +80,13 @@ class Change:
     pilot: str | None = None
     host: str | None = None
     error: JobError | None = None
+
+
+def lost(job: Job, actor: str, error: JobError) -> Change:
+    """What becomes of a job whose attempt came to nothing: again while attempts remain, else it has failed."""
+    if (job.state, Event.EXPIRE) in TRANSITIONS and job.lost + 1 < job.max_attempts:
+        return Change(job=job, event=Event.EXPIRE, actor=actor, detail=error.text, lost=job.lost + 1)
+    return Change(job=job, event=Event.LOSE, actor=actor, detail=error.text, lost=job.lost + 1, error=error)
 
 
 async def lock_slots(tx: Transaction, slots: Iterable[SlotRef]) -> None:

@@ -278,7 +278,25 @@ async def test_a_lost_answer_to_a_report_is_asked_for_again(node: Node) -> None:
 # --- killed
 
 
-async def test_the_next_pilot_ends_what_a_killed_one_left_and_gives_the_job_back(node: Node) -> None:
+async def test_a_job_that_kills_its_pilots_fails_after_its_attempts_and_others_run_on(node: Node) -> None:
+    [poison] = await node.shard.submit(job(argv=[], shell="kill -9 $PPID; sleep 600", max_attempts=2))
+    [harmless] = await node.shard.submit(job())
+    codes = [await node.run(*ONE) for _ in range(2)]
+    assert codes == [-9, -9]
+    assert await node.run(*ONE) == 0
+    view = await node.shard.job(poison)
+    assert (view.job.state, view.job.attempt) == (State.FAILED, 2)
+    assert [event for event in _events(view) if event in (Event.EXPIRE, Event.LOSE, Event.RELEASE)] == [
+        Event.EXPIRE,
+        Event.LOSE,
+    ]
+    assert view.job.error is not None
+    assert (view.job.error.plane, view.job.error.code) == ("pilot", 1200)
+    assert (await node.shard.job(harmless)).job.state is State.FINISHED
+    assert running_below(node.work) == []
+
+
+async def test_the_next_pilot_ends_what_a_killed_one_left_and_tells_of_the_lost_attempt(node: Node) -> None:
     """A child in the session, and one that left it without our mark being wiped."""
     shell = "test -e ../../../again && exit 0; sleep 600 & setsid sleep 601 & wait"
     [identifier] = await node.shard.submit(job(argv=[], shell=shell))
@@ -292,7 +310,7 @@ async def test_the_next_pilot_ends_what_a_killed_one_left_and_gives_the_job_back
         assert running_below(node.work) == []
     view = await node.shard.job(identifier)
     assert (view.job.state, view.job.attempt) == (State.FINISHED, 2)
-    assert Event.RELEASE in _events(view)
+    assert Event.EXPIRE in _events(view)
     assert node.folders() == []
 
 

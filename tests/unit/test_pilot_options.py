@@ -53,7 +53,7 @@ def test_every_exit_code_is_in_the_help_and_on_the_page(capsys: pytest.CaptureFi
 
 def test_every_error_code_and_option_is_on_the_page() -> None:
     page = (Path(main.__file__).parents[1] / "docs" / "pilot.md").read_text(encoding="utf-8")
-    codes = {*runner.CODES.values(), runner.CANNOT_RUN, runner.MISSING_OUTPUT}
+    codes = {*runner.CODES.values(), runner.CANNOT_RUN, runner.MISSING_OUTPUT, runner.KILLED}
     assert {int(code) for code in re.findall(r"^\| (\d{4}) \|", page, re.MULTILINE)} == codes
     options = {action.option_strings[-1] for action in main._parser()._actions} - {"--help"}
     assert options == set(re.findall(r"^\| `(--[a-z-]+)", page, re.MULTILINE))
