@@ -304,7 +304,7 @@ class Agent:
         self._report_quietly(entry, RELEASED, RELEASE_PATIENCE_S)
 
     def _clear_up(self) -> None:
-        """What killed pilots have left on this host: report what they finished and what they lost, give back the rest."""
+        """What killed pilots have left on this host: report what they finished or lost, give back the rest."""
         if time.monotonic() < self._clear_up_at:
             return
         self._clear_up_at = time.monotonic() + CLEAR_UP_S

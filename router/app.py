@@ -71,7 +71,7 @@ class Front:
         principal = self._principal(request)
         request[service.VERB] = "get_job"
         message = await dialects.decode(request, GetJobRequest)
-        answer = await pilots.get_job(self._forward, principal, message)
+        answer = await pilots.get_job(self._forward, self.orphans, principal, message)
         dialect = dialects.answer_dialect(request)
         written = False
         try:

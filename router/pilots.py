@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -10,7 +11,7 @@ from culm import access
 from culm.errors import CulmError, Moved
 from culm.ids import slot_of
 from culm.shard_links import ShardLinks
-from culm.topology import Queue, Site, Topology
+from culm.topology import Queue, Topology
 from culm.wire import (
     GetJobAnswer,
     GetJobRequest,
@@ -36,8 +37,8 @@ _ANSWER: Final = msgspec.msgpack.Decoder(GetJobAnswer)
 log = logging.getLogger("router.pilots")
 
 
-async def get_job(forward: Forward, principal: Principal, request: GetJobRequest) -> GetJobAnswer:
-    """Find work for a pilot; none is an answer.
+async def get_job(forward: Forward, orphans: "Orphans", principal: Principal, request: GetJobRequest) -> GetJobAnswer:
+    """Find work for a pilot; none is an answer. `orphans` takes what was granted beyond the answer.
 
     Raises:
         ClientFault: unknown_queue, forbidden (the token is not scoped for the computing queue).
@@ -51,7 +52,8 @@ async def get_job(forward: Forward, principal: Principal, request: GetJobRequest
 
     async def attempt(topology: Topology) -> GetJobAnswer:
         _, site, queue = topology.queue(request.queue)
-        return await _ask_shards(forward, topology, (principal, request), (site, queue))
+        shards = pilot_slots(topology, site, request.pilot.id)
+        return await _Question(forward, orphans, principal, request, queue, shards).answer()
 
     return await forward.corrected(attempt)
 
@@ -119,48 +121,95 @@ class Orphans:
             log.warning("could not give back request %s: %s", request_id, error)
 
 
-async def _ask_shards(
-    forward: Forward, topology: Topology, asked: tuple[Principal, GetJobRequest], where: tuple[Site, Queue]
-) -> GetJobAnswer:
-    """Ask the shards of the pilot's slots in turn, its home first; if none has work, wait at home.
+@dataclass(frozen=True)
+class _Question:
+    """One get_job at the shards of its pilot, its home first."""
 
-    Usually there is one. A shard that is down does not keep the pilot from the others, unless none has work.
-    """
-    principal, request = asked
-    site, queue = where
-    shards = pilot_slots(topology, site, request.pilot.id)
-    turns: list[tuple[str, list[SlotRef], float | None]] = [(shard, slots, 0.0) for shard, slots in shards]
-    if len(shards) == 1:
-        turns = [(*shards[0], request.wait_s)]
-    elif request.wait_s:
-        turns.append((*shards[0], request.wait_s))
-    # A repeat is answered by the shard that answered first, wherever there is work by now (invariant I6): an offer of
-    # no label takes nothing new.
-    turns = [*((shard, slots, None) for shard, slots in shards[1:]), *turns]
-    offer = offer_of(principal, request, queue)
-    failed: CulmError | None = None
-    for shard, slots, wait_s in turns:
+    forward: Forward
+    orphans: Orphans
+    principal: Principal
+    request: GetJobRequest
+    queue: Queue
+    shards: list[tuple[str, list[SlotRef]]]
+
+    async def answer(self) -> GetJobAnswer:
+        """Work from the first shard that has any; a shard that is down keeps it from the others only if none has."""
+        # A queue that is offline gives nothing new, however long one waits.
+        wait_s = 0.0 if self.queue.status == "offline" else self.request.wait_s
+        if len(self.shards) == 1:
+            answer = await self._ask(0, wait_s)
+        else:
+            answer = await self._in_turn()
+            if not answer.jobs and wait_s:
+                answer = await self._wait_everywhere(wait_s)
+        if answer.jobs or self.queue.status == "online":
+            return answer
+        return msgspec.structs.replace(answer, reason=f"queue_{self.queue.status}")
+
+    async def _in_turn(self) -> GetJobAnswer:
+        # A repeat is answered by the shard that answered first, wherever there is work by now (invariant I6): before
+        # its home is asked for new work, the others are asked for what they have given.
+        others = range(1, len(self.shards))
+        turns = [*((n, True) for n in others), *((n, False) for n in range(len(self.shards)))]
+        failed: CulmError | None = None
+        for number, only_repeat in turns:
+            try:
+                answer = await self._ask(number, 0.0, only_repeat=only_repeat)
+            except Moved:
+                raise
+            except CulmError as error:
+                failed = error
+                continue
+            if answer.jobs:
+                return answer
+        if failed is not None and not self.request.wait_s:
+            raise failed
+        return GetJobAnswer()
+
+    async def _wait_everywhere(self, wait_s: float) -> GetJobAnswer:
+        """Wait at all shards at once: the first work is taken, what another one gives as well goes back at once."""
+        asked = {asyncio.ensure_future(self._ask(n, wait_s)): n for n in range(len(self.shards))}
+        waiting = set(asked)
+        found: GetJobAnswer | None = None
+        failed: CulmError | None = None
+        try:
+            while waiting and found is None:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(done, key=asked.__getitem__):
+                    try:
+                        answer = task.result()
+                    except Moved:
+                        raise
+                    except CulmError as error:
+                        failed = error
+                        continue
+                    if found is None and answer.jobs:
+                        found = answer
+                    elif answer.jobs:
+                        self.orphans.unsent([self.shards[asked[task]][0]], self.principal, self.request)
+        finally:
+            # The link tells those shards; what they have granted by then is an orphan, and goes back too.
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        if found is not None:
+            return found
+        if failed is not None:
+            raise failed
+        return GetJobAnswer()
+
+    async def _ask(self, number: int, wait_s: float, *, only_repeat: bool = False) -> GetJobAnswer:
+        shard, slots = self.shards[number]
+        offer = offer_of(self.principal, self.request, self.queue)
         message = ShardGetJob(
             slots=slots,
-            request_id=request.request_id,
-            subject=principal.subject,
-            offer=msgspec.structs.replace(offer, labels=frozenset()) if wait_s is None else offer,
-            pilot=request.pilot,
-            lease=lease_times(queue),
-            n_jobs=request.n_jobs,
-            wait_s=wait_s or 0.0,
+            request_id=self.request.request_id,
+            subject=self.principal.subject,
+            # An offer of no label takes nothing new.
+            offer=msgspec.structs.replace(offer, labels=frozenset()) if only_repeat else offer,
+            pilot=self.request.pilot,
+            lease=lease_times(self.queue),
+            n_jobs=self.request.n_jobs,
+            wait_s=wait_s,
         )
-        try:
-            answer = await forward.links.ask(
-                shard, "get_job", message, GetJobAnswer, forward.deadline_s + message.wait_s
-            )
-        except Moved:
-            raise
-        except CulmError as error:
-            failed = error
-            continue
-        if answer.jobs:
-            return answer
-    if failed is not None:
-        raise failed
-    return GetJobAnswer(reason=f"queue_{queue.status}" if queue.status != "online" else "")
+        return await self.forward.links.ask(shard, "get_job", message, GetJobAnswer, self.forward.deadline_s + wait_s)

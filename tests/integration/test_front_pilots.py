@@ -236,6 +236,9 @@ async def test_an_offline_queue_gives_its_reason_and_no_job(shard: Partition) ->
         await admin.post("queue", QueueRequest(queue=QUEUE, changes={"status": "offline"}), ChangedAnswer)
         router.forward.fresh_topology()
         assert await pilot.get_job(asking()) == GetJobAnswer(reason="queue_offline")
+        # Also to one that would wait: there is nothing to wait for.
+        async with asyncio.timeout(5.0):
+            assert await pilot.get_job(asking(wait_s=60.0)) == GetJobAnswer(reason="queue_offline")
         await admin.post("queue", QueueRequest(queue=QUEUE, changes={"status": "online"}), ChangedAnswer)
         router.forward.fresh_topology()
         assert [grant.id for grant in (await pilot.get_job(asking())).jobs] == answer.ids

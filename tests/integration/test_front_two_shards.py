@@ -242,19 +242,70 @@ async def test_a_site_takes_its_own_jobs_before_those_of_its_region(user: Client
     assert order == [[of_site], [of_region], [second], []]
 
 
-async def test_a_pilot_of_two_shards_waits_at_home_and_is_woken_there(
+async def waits_at_both(router: RunningFront) -> None:
+    """Wait until a get_job is under way at both shards."""
+
+    def asked(name: str) -> bool:
+        connection = router.forward.links._links[name]._connection
+        return connection is not None and "get_job" in {call.verb for call in connection.calls.values()}
+
+    await eventually(lambda: asked("us1") and asked("eu1"), DEADLINE_S, what="it waits at both")
+
+
+@pytest.mark.parametrize("target", [{"site": "UTA"}, {"region": "BOTH"}], ids=["at home", "at the other"])
+async def test_a_pilot_of_two_shards_waits_at_both_and_takes_what_comes_first(
+    router: RunningFront, user: Client, pilot: Client, target: dict[str, str]
+) -> None:
+    request = asking("UTA", wait_s=30.0)
+    waiting = asyncio.ensure_future(pilot.get_job(request))
+    await waits_at_both(router)
+    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(**target, argv=["x"])]))
+    async with asyncio.timeout(SOON_S):
+        given = (await waiting).jobs
+    assert [grant.id for grant in given] == answer.ids
+    # The same request gets the same, wherever it was given (invariant I6).
+    assert (await pilot.get_job(request)).jobs == given
+
+
+async def test_what_both_shards_give_at_once_goes_to_one_pilot_each(
     router: RunningFront, user: Client, pilot: Client
 ) -> None:
+    """What the second gives goes back and is there for the next one; no attempt is used up."""
+    for number in range(10):
+        waiting = asyncio.ensure_future(pilot.get_job(asking("UTA", wait_s=30.0)))
+        await waits_at_both(router)
+        jobs = [JobSpec(site="UTA", argv=["x"]), JobSpec(region="BOTH", argv=["x"])]
+        ids = (await user.submit(SubmitRequest(idempotency_key=f"k{number}", jobs=jobs))).ids
+        async with asyncio.timeout(DEADLINE_S):
+            [first] = (await waiting).jobs
+            [second] = (await pilot.get_job(asking("UTA", wait_s=30.0))).jobs
+        assert {first.id, second.id} == set(ids)
+        rows = {row.id: row for row in (await user.jobs(JobsQuery())).jobs}
+        assert {rows[identifier].state for identifier in (first.id, second.id)} == {State.SENT}
+
+
+async def test_a_shard_that_dies_does_not_spoil_the_wait_at_the_other(
+    router: RunningFront, pair: TwoPartitions, user: Client, pilot: Client
+) -> None:
     waiting = asyncio.ensure_future(pilot.get_job(asking("UTA", wait_s=30.0)))
-    link = router.forward.links._links["us1"]
-    await eventually(
-        lambda: link._connection is not None and {call.verb for call in link._connection.calls.values()},
-        DEADLINE_S,
-        what="it waits at home",
-    )
+    await waits_at_both(router)
+    await stopped(router, pair, "eu1")
     answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(site="UTA", argv=["x"])]))
     async with asyncio.timeout(DEADLINE_S):
         assert [grant.id for grant in (await waiting).jobs] == answer.ids
+
+
+async def test_a_pilot_that_hangs_up_while_it_waits_at_both_leaves_both_jobs(
+    router: RunningFront, user: Client, pilot: Client
+) -> None:
+    waiting = asyncio.ensure_future(pilot.get_job(asking("UTA", wait_s=30.0)))
+    await waits_at_both(router)
+    waiting.cancel()
+    jobs = [JobSpec(site="UTA", argv=["x"]), JobSpec(region="BOTH", argv=["x"])]
+    ids = (await user.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids
+    async with asyncio.timeout(DEADLINE_S):
+        got = [(await pilot.get_job(asking("UTA", wait_s=30.0))).jobs[0].id for _ in ids]
+    assert set(got) == set(ids)
 
 
 async def test_a_site_with_one_shard_down_is_served_by_the_other(
