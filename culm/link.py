@@ -21,7 +21,8 @@ from culm.frames import Connection, Frame, Kind, decode_error, encode_error
 from culm.settings import TlsSettings
 
 HELLO_TIMEOUT_S: Final = 2.0
-MAX_CALLS_PER_CONNECTION: Final = 16_384
+MAX_CALLS_PER_CONNECTION: Final = 65_536
+"""A guard: above what a client's window and waiting calls come to."""
 
 log = logging.getLogger("culm.link")
 
@@ -172,7 +173,9 @@ class LinkOptions:
     stall_s: float = 0.6
     """No byte for so long after a ping: the shard is taken for dead."""
     window: int = 4096
-    """Calls under way at most; beyond it Unavailable(overloaded)."""
+    """Calls under way at most, not counting those that wait; beyond it Unavailable(overloaded)."""
+    waiting: int = 20_000
+    """Calls that wait for something to happen at most (long polls); beyond it Unavailable(overloaded)."""
     tls: TlsSettings | None = None
     orphan: Callable[[str, bytes, bytes], None] = field(default=lambda _verb, _body, _answer: None)
     """Called with (verb, body, answer) when an answer comes for a caller that is gone."""
@@ -228,8 +231,8 @@ class LinkClient:
                 await self._up.wait()
         return self.connected
 
-    async def call(self, verb: str, body: bytes, deadline_s: float) -> bytes:
-        """Ask the shard; the answer's body.
+    async def call(self, verb: str, body: bytes, deadline_s: float, *, waits: bool = False) -> bytes:
+        """Ask the shard; the answer's body. A call that `waits` there leaves the window to the others.
 
         Raises:
             Unavailable: shard_down (nothing was sent), outcome_unknown, deadline, overloaded.
@@ -240,12 +243,14 @@ class LinkClient:
         connection = self._connection
         if connection is None:
             raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
-        if len(connection.calls) >= self.options.window:
+        n_waiting = connection.n_waiting
+        if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
             raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
         stream = next(self._streams)
         call = _Call(verb, body, asyncio.get_running_loop().create_future())
         connection.send(Frame(Kind.CALL, stream, verb, int(deadline_s * 1000), body))
         connection.calls[stream] = call
+        connection.n_waiting += waits
         try:
             async with asyncio.timeout(deadline_s):
                 return await call.answer
@@ -257,6 +262,8 @@ class LinkClient:
         except asyncio.CancelledError:
             self._abandon(connection, stream, call)
             raise
+        finally:
+            connection.n_waiting -= waits
 
     def _abandon(self, connection: "_ClientConnection", stream: int, call: _Call) -> None:
         """Nobody waits any more: tell the shard, or give back an answer that came in the same turn of the loop."""
@@ -339,6 +346,7 @@ class _ClientConnection(Connection):
     def __init__(self, name: str, orphan: Callable[[str, bytes, bytes], None]) -> None:
         super().__init__(name)
         self.calls: dict[int, _Call] = {}
+        self.n_waiting = 0
         self.greeted = asyncio.Event()
         self.lost = asyncio.Event()
         self._orphan = orphan

@@ -67,7 +67,9 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     link_stall_s: Seconds = 0.6
     """A shard that answers no ping for so long is taken for dead; its requests are answered 503 after 1.5 times it."""
     link_window: Count = 4096
-    """Requests under way on one link; beyond it 503."""
+    """Requests under way on one link, not counting pilots that wait for work; beyond it 503."""
+    link_waiting: Count = 20_000
+    """Pilots that wait for work on one link; beyond it 503."""
     max_connections: Count = 20_000
     """Connections of clients per worker process; beyond it 503."""
     topology_poll_s: Seconds = 0.5

@@ -46,8 +46,17 @@ class ShardLinks:
         """End all links."""
         await asyncio.gather(*(link.stop() for link in self._links.values()))
 
-    async def ask(self, shard: str, verb: str, message: msgspec.Struct, answer: type[A], deadline_s: float) -> A:
-        """One call; its decoded answer.
+    async def ask(
+        self,
+        shard: str,
+        verb: str,
+        message: msgspec.Struct,
+        answer: type[A],
+        deadline_s: float,
+        *,
+        waits: bool = False,
+    ) -> A:
+        """One call; its decoded answer. `waits` as in LinkClient.call.
 
         Raises as LinkClient.call, Unavailable(shard_down) for an unknown shard, Bug for an answer that is not ours.
         """
@@ -59,7 +68,7 @@ class ShardLinks:
             raise Unavailable("shard_down", f"shard {shard} is not known here yet", details={"shard": shard})
         if link.new:
             await link.wait_connected(min(deadline_s, self._options.stall_s))
-        body = await link.call(verb, _ENCODER.encode(message), deadline_s)
+        body = await link.call(verb, _ENCODER.encode(message), deadline_s, waits=waits)
         try:
             return msgspec.msgpack.decode(body, type=answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -114,7 +114,12 @@ def _work(settings: RouterSettings) -> None:
 
 async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     topology = TopologyCache(settings.topology_dir, settings.authority)
-    options = LinkOptions(stall_s=settings.link_stall_s, window=settings.link_window, tls=settings.link_tls)
+    options = LinkOptions(
+        stall_s=settings.link_stall_s,
+        window=settings.link_window,
+        waiting=settings.link_waiting,
+        tls=settings.link_tls,
+    )
     links = ShardLinks(lambda: topology.current, options)
     verifier = Verifier(settings.trusted_keys_dir)
     front = Front(settings, Forward(topology, links, settings.forward_deadline_s), verifier)

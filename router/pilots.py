@@ -212,4 +212,6 @@ class _Question:
             n_jobs=self.request.n_jobs,
             wait_s=wait_s,
         )
-        return await self.forward.links.ask(shard, "get_job", message, GetJobAnswer, self.forward.deadline_s + wait_s)
+        return await self.forward.links.ask(
+            shard, "get_job", message, GetJobAnswer, self.forward.deadline_s + wait_s, waits=wait_s > 0
+        )

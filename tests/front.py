@@ -116,7 +116,10 @@ async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[Runni
     values = {"topology_dir": str(topology_dir), "trusted_keys_dir": str(folder / "trusted"), "port": port}
     options = RouterSettings(**(values | settings))
     topology = TopologyCache(options.topology_dir, options.authority)
-    links = ShardLinks(lambda: topology.current, LinkOptions(stall_s=options.link_stall_s, window=options.link_window))
+    links = ShardLinks(
+        lambda: topology.current,
+        LinkOptions(stall_s=options.link_stall_s, window=options.link_window, waiting=options.link_waiting),
+    )
     forward = Forward(topology, links, options.forward_deadline_s)
     verifier = Verifier(options.trusted_keys_dir)
     app = Front(options, forward, verifier).app(_ready)

@@ -311,3 +311,22 @@ async def test_a_vos_pilot_takes_its_vos_jobs_only(shard: Partition) -> None:
         theirs = await submit(other)
         async with router.client(msgspec.structs.replace(PILOT, vos=["charmm"])) as pilot:
             assert [grant.id for grant in (await pilot.get_job(asking(n_jobs=10))).jobs] == theirs.ids
+
+
+async def test_pilots_that_wait_keep_nobody_else_from_the_shard(shard: Partition) -> None:
+    async with (
+        front(shard, link_window=4, link_waiting=40) as router,
+        router.client() as user,
+        router.client(PILOT, patience_s=0.0) as pilot,
+    ):
+        waiting = [asyncio.ensure_future(pilot.get_job(asking(wait_s=30.0))) for _ in range(40)]
+        link = router.forward.links._links["us1"]
+        await eventually(
+            lambda: link._connection is not None and link._connection.n_waiting == 40, 10.0, what="all wait"
+        )
+        answer = await submit(user, *(JobSpec(site="BNL", argv=["true"]) for _ in range(40)))
+        granted = [grant for one in await asyncio.gather(*waiting) for grant in one.jobs]
+        assert sorted(grant.id for grant in granted) == sorted(map(int, filter(None, answer.ids)))
+        for grant in granted:
+            held = {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
+            await pilot.heartbeat(HeartbeatRequest(**held, state=State.RUNNING))

@@ -292,6 +292,23 @@ async def test_beyond_the_window_nothing_is_sent(shard: Shard, folder: Path) -> 
         assert await client.call("echo", b"x", DEADLINE_S) == b"x"
 
 
+async def test_calls_that_wait_have_a_bound_of_their_own(shard: Shard, folder: Path) -> None:
+    async with linked(f"unix:{folder}/s", LinkOptions(window=1, waiting=3)) as client:
+        await client.wait_connected(DEADLINE_S)
+        calls = [asyncio.create_task(client.call("wait", b"", DEADLINE_S, waits=True)) for _ in range(3)]
+        await eventually(lambda: len(shard.started) == 3, DEADLINE_S)
+        assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+        assert (await failing(client.call("echo", b"", DEADLINE_S, waits=True))).code == "overloaded"
+        calls.pop().cancel()
+        await eventually(lambda: client._connection is not None and client._connection.n_waiting == 2, DEADLINE_S)
+        calls.append(asyncio.create_task(client.call("wait", b"", DEADLINE_S, waits=True)))
+        await eventually(lambda: len(shard.started) == 4, DEADLINE_S)
+        shard.gate.set()
+        await asyncio.gather(*calls)
+        assert client._connection is not None
+        assert client._connection.n_waiting == 0
+
+
 # --- shards that go away --------------------------------------------------------------------------------------------
 
 
