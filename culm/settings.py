@@ -124,6 +124,8 @@ class Timeouts(Settings, frozen=True, kw_only=True):
     """`activated` without ever being taken: closed."""
     unready_s: Seconds = 604_800.0
     """`defined`, `waiting`, `assigned`: closed."""
+    max_releases: Count = 100
+    """So often a job may be given back for free; each further time uses up an attempt."""
     grace_s: Seconds = 60.0
     """After a restart of the shard or its database the reaper waits so long: heartbeats could not come."""
 
@@ -135,6 +137,10 @@ class DispatchSettings(Settings, frozen=True, kw_only=True):
     """Hints kept per requirement class: the best ones."""
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 128
     """Requests in one claim transaction."""
+    max_classes: Count = 1000
+    """Different requirements that the ready jobs of one slot may have: every get_job is matched with each."""
+    max_classes_per_owner: Count = 200
+    """How many of those one account may have brought."""
     max_pending: Count = 20_000
     """get_job requests waiting for a claim; beyond it 503."""
     max_parked: Count = 50_000

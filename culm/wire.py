@@ -331,7 +331,12 @@ class JobView(Answer, frozen=True, kw_only=True):
     job: JobRow
     spec: JobSpec
     history: list[JobEvent]
+    """Oldest first, the newest 1,000."""
     reports: list[AttemptReport]
+    """By attempt, the newest 50."""
+    events_left_out: int = 0
+    reports_left_out: int = 0
+    """Older ones that are not shown."""
 
 
 class JobsQuery(Request, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import msgspec
 
 from culm.errors import ClientFault, CulmError
 from culm.settings import Timeouts
-from culm.states import Event
+from culm.states import Event, State
 from culm.wire import Grant, ShardGetJob
 from shard.database import Row, Transaction
 from shard.hints import ClassKey, Hint
@@ -23,6 +23,8 @@ from shard.transitions import Change, apply, job_of, lock_slots
 
 MAX_ROUNDS: Final = 4
 CLASSES_PER_STATEMENT: Final = 100
+MAX_SPEC_BYTES: Final = 4 << 20
+"""Of the jobs of one answer: it must fit into a frame. One job always does."""
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Seat:
     """The classes of what it newly got."""
     repeated: bool = False
     """Answered from the leases that its first try got, or refused: it takes nothing new."""
+    cut: bool = False
+    """It got less than it asked for and could have had: more would not fit into one answer."""
     refusal: CulmError | None = None
     """Why it gets nothing, although others of the batch do."""
 
@@ -52,6 +56,8 @@ class Claimed:
     """Classes that InnoDB had no row of."""
     unused: list[Hint] = field(default_factory=list)
     """Hints that were not needed: they belong back into Redis."""
+    broken: set[int] = field(default_factory=set)
+    """Jobs that could not be given, for their rows do not fit together."""
     contended: bool = False
     """Somebody else held candidates that we could have used: an empty answer would not be true."""
 
@@ -80,7 +86,13 @@ def groups_of(seats: Sequence[Seat]) -> list[tuple[tuple[ClassKey, ...], int]]:
     return [(group.keys, group.wanted) for group in _groups(seats)]
 
 
-async def claim(tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hint]], timeouts: Timeouts) -> Claimed:
+async def claim(
+    tx: Transaction,
+    seats: list[Seat],
+    hints: Sequence[Sequence[Hint]],
+    timeouts: Timeouts,
+    broken: frozenset[int] = frozenset(),
+) -> Claimed:
     """Give jobs to the seats, in the order in which they sit.
 
     Args:
@@ -88,6 +100,7 @@ async def claim(tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hin
         seats: without grants; they are filled.
         hints: per group of `groups_of`, the candidates from Redis; may be empty or wrong.
         timeouts: the shard's defaults for lease times.
+        broken: jobs that are not to be tried, found so before.
 
     Raises:
         Moved: a slot is not open here at that epoch.
@@ -96,21 +109,22 @@ async def claim(tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hin
     for seat in seats:
         seat.grants.clear()
         seat.taken.clear()
-        seat.repeated, seat.refusal = False, None
+        seat.repeated, seat.cut, seat.refusal = False, False, None
     await lock_slots(tx, [ref for seat in seats for ref in seat.call.slots])
     await _answer_repeated(tx, seats)
     result = Claimed(seats)
     groups = _groups(seats)
-    for group, some in zip(groups, hints, strict=False):
+    whole = [[hint for hint in some if hint.id not in broken] for some in hints]
+    for group, some in zip(groups, whole, strict=False):
         result.unused += some[max(group.wanted, 0) :]
-    await _win(tx, groups, [list(some[: max(group.wanted, 0)]) for group, some in zip(groups, hints, strict=False)])
+    await _win(tx, groups, [some[: max(group.wanted, 0)] for group, some in zip(groups, whole, strict=False)])
     for _ in range(MAX_ROUNDS):
         short = [group for group in groups if group.wanted > 0 and group.keys]
         if not short:
             break
-        if not await _win_from_database(tx, short, groups, result):
+        if not await _win_from_database(tx, short, groups, result, broken):
             break
-    await _grant(tx, groups, timeouts)
+    await _grant(tx, groups, timeouts, result)
     return result
 
 
@@ -132,6 +146,8 @@ async def _answer_repeated(tx: Transaction, seats: Sequence[Seat]) -> None:
     for seat in seats:
         for _, _, job_id, attempt, token, first_s, heartbeat_s in leases.get(identity(seat.call), []):
             seat.repeated = True
+            if job_id not in jobs:
+                continue
             if jobs[job_id][11] != seat.call.offer.queue:
                 # Two tokens of one subject may be scoped differently (I13): a request is one computing queue's.
                 seat.refusal = ClientFault("request_id_reused", "this request id was used for another computing queue")
@@ -160,13 +176,17 @@ async def _win(tx: Transaction, groups: Sequence[_Group], candidates: Sequence[l
 
 
 async def _win_from_database(
-    tx: Transaction, groups: Sequence[_Group], all_groups: Sequence[_Group], result: Claimed
+    tx: Transaction,
+    groups: Sequence[_Group],
+    all_groups: Sequence[_Group],
+    result: Claimed,
+    broken: frozenset[int],
 ) -> bool:
     """One more round with InnoDB's own order; whether another one may win more."""
     candidates = []
     result.contended = False
     # Rows that another group of this batch has won are still there, and our own lock would not hide them from us.
-    own = {hint.id for group in all_groups for hint in group.won}
+    own = broken.union(hint.id for group in all_groups for hint in group.won)
     for group in groups:
         found = await _best_in_database(tx, group, own, result)
         # What stands there but could not be locked before is in a rival's hands: he may yet give it back.
@@ -181,7 +201,7 @@ async def _win_from_database(
     return n_candidates > 0
 
 
-async def _best_in_database(tx: Transaction, group: _Group, own: set[int], result: Claimed) -> list[Hint]:
+async def _best_in_database(tx: Transaction, group: _Group, own: frozenset[int], result: Claimed) -> list[Hint]:
     limit = group.wanted + len(group.tried | own)
     found: list[Hint] = []
     for start in range(0, len(group.keys), CLASSES_PER_STATEMENT):
@@ -193,14 +213,26 @@ async def _best_in_database(tx: Transaction, group: _Group, own: set[int], resul
     return sorted(hint for hint in found if hint.id not in own)
 
 
-async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts) -> None:
+async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, result: Claimed) -> None:
     winners = _seat_winners(groups)
     if not winners:
         return
     jobs = await _read_claimed(tx, [hint.id for _, hint, _ in winners])
     leases, changes = [], []
+    n_bytes: dict[int, int] = {}
     for seat, hint, ordinal in winners:
-        call, row = seat.call, jobs[hint.id]
+        call, row = seat.call, jobs.get(hint.id)
+        if row is None or row[3] != State.ACTIVATED:
+            # It stays where it is. Who gets nothing for it looks again, without it.
+            result.broken.add(hint.id)
+            result.contended = True
+            continue
+        n_bytes[id(seat)] = n_bytes.get(id(seat), 0) + len(row[16])
+        if seat.grants and n_bytes[id(seat)] > MAX_SPEC_BYTES:
+            # Still ready: for this pilot's next request, or another's.
+            result.unused.append(hint)
+            seat.cut = True
+            continue
         job = job_of(row[:14])
         attempt, token = job.attempt + 1, secrets.token_hex(12)
         first_s = call.lease.first_s or timeouts.first_lease_s
@@ -221,6 +253,8 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts) 
         )
         seat.grants.append(_grant_of(row, attempt, token, (first_s, heartbeat_s)))
         seat.taken.append(hint.key)
+    if not leases:
+        return
     # The lease first: its unique key is where a request id that is under way twice is caught.
     await tx.execute_rows("insert_leases", leases)
     await apply(tx, changes)

@@ -34,11 +34,15 @@ CONTENDED_PAUSE_S = 0.003
 """A rival holds the only candidates: he commits or gives up in about this time."""
 PATIENCE_S = 2.0
 """So long past its deadline a request looks again for a reason, before it is answered all the same."""
+MAX_KEYS_PER_BATCH = 4096
+"""Classes that one batch may ask Redis for, over all its different offers; the rest is the next batch."""
+MAX_BROKEN = 10_000
 MAX_COLLISIONS = 5
 """Claims of one request that may hit a unique key."""
 
 _DISPATCHED = Metric("culm_jobs_dispatched_total", "Jobs given to pilots")
 _BATCHES = Metric("culm_claim_batches_total", "Claim transactions")
+_BROKEN = Metric("culm_broken_jobs_total", "Jobs that a claim passed over, for their rows do not fit together")
 _PARKED = Gauge("culm_parked_requests", "Long polls that wait for a job")
 _PENDING = Gauge("culm_pending_requests", "get_job requests that wait for a claim")
 
@@ -115,6 +119,8 @@ class Dispatcher:
         self._workers: list[asyncio.Task[None]] = []
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._returning: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._broken: set[int] = set()
+        """Jobs whose rows do not fit together: no claim tries them again. The audit names them."""
         self._stopping = False
 
     def start(self) -> None:
@@ -179,6 +185,10 @@ class Dispatcher:
             return
         parts = self._parts
         counts = Counter(hint.key for hint in hints)
+        try:
+            await parts.refill.meet(counts)
+        except CulmError as error:
+            log.warning("a class is not known, the sweep will find its jobs: %s", error)
         parts.classes.announce(counts)
         try:
             await parts.queue.push(hints)
@@ -237,12 +247,17 @@ class Dispatcher:
         parts = self._parts
         hints: list[list[Hint]] = []
         try:
-            seats = [Seat(r.call, parts.classes.fitting(r.slots, r.offer)) for r in batch]
-            announced = {key: parts.classes.announced(key) for seat in seats for key in seat.keys}
-            for request, seat in zip(batch, seats, strict=True):
-                request.looked_at = {key: announced[key] for key in seat.keys}
+            seats = self._seats(batch)
+            announced: dict[ClassKey, int] = {}
+            for keys in {seat.keys for seat in seats}:
+                looked_at = {key: parts.classes.announced(key) for key in keys}
+                announced |= looked_at
+                for request, seat in zip(batch, seats, strict=True):
+                    if seat.keys == keys:
+                        request.looked_at = looked_at
             hints = await self._take_hints(seats)
-            claimed = await parts.database.run("claim", lambda tx: claim(tx, seats, hints, self._settings.timeouts))
+            timeouts, broken = self._settings.timeouts, frozenset(self._broken)
+            claimed = await parts.database.run("claim", lambda tx: claim(tx, seats, hints, timeouts, broken))
             self._settle(batch, claimed, announced)
         except Moved as moved:
             await self._push_quietly([hint for some in hints for hint in some])
@@ -264,6 +279,24 @@ class Dispatcher:
             self._put_back([hint for some in hints for hint in some])
             for request in batch:
                 self._fail(request, Unavailable("claim_failed", f"the claim failed: {type(error).__name__}"))
+
+    def _seats(self, batch: list[_Request]) -> list[Seat]:
+        """The seats of a batch; what would make it too wide is taken out of it, and is the next one's."""
+        seats: list[Seat] = []
+        seen: set[tuple[ClassKey, ...]] = set()
+        n_keys = 0
+        for request in batch:
+            keys = self._parts.classes.fitting(request.slots, request.offer)
+            if keys not in seen:
+                n_keys += len(keys)
+                if seats and n_keys > MAX_KEYS_PER_BATCH:
+                    self._pending.extendleft(reversed(batch[len(seats) :]))
+                    del batch[len(seats) :]
+                    self._arrived.set()
+                    break
+                seen.add(keys)
+            seats.append(Seat(request.call, keys))
+        return seats
 
     async def _take_hints(self, seats: list[Seat]) -> list[list[Hint]]:
         """Candidates from Redis per group of the batch; none for groups whose classes are not whole there."""
@@ -293,6 +326,11 @@ class Dispatcher:
         for key in claimed.empty:
             self._parts.classes.seen_empty(key, announced[key])
         self._put_back(claimed.unused)
+        if claimed.broken:
+            _BROKEN.inc(len(claimed.broken))
+            log.error("passed over, their rows do not fit together (culm audit): %s", sorted(claimed.broken)[:20])
+            if len(self._broken) < MAX_BROKEN:
+                self._broken |= claimed.broken
         if claimed.from_database:
             self._aside(self._remove_quietly(claimed.from_database))
         for request, seat in zip(batch, claimed.seats, strict=True):
@@ -300,7 +338,7 @@ class Dispatcher:
                 self._fail(request, seat.refusal)
             elif seat.grants:
                 _DISPATCHED.inc(len(seat.taken))
-                full = seat.repeated or claimed.contended or len(seat.grants) == request.n_jobs
+                full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
                 request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))
             elif claimed.contended and seat.keys:

@@ -16,6 +16,7 @@ from culm.errors import ClientFault, Conflict, Unavailable
 from culm.ids import slot_of
 from culm.matching import Requirements
 from culm.priorities import default_priority
+from culm.settings import DispatchSettings
 from culm.states import Event, State, next_state
 from culm.wire import MAX_PARENT_DEPTH, JobSpec, Principal, ShardSubmit, ShardSubmitAnswer, SlotJobs
 from shard.classes import ClassRegistry
@@ -58,11 +59,13 @@ class Intake:
         database: Database,
         classes: ClassRegistry,
         ownership: Ownership,
+        settings: DispatchSettings,
         announce: Callable[[Sequence[Hint]], Awaitable[None]],
     ) -> None:
         self._database = database
         self._classes = classes
         self._ownership = ownership
+        self._settings = settings
         self._announce = announce
         self._ids = IdBlocks(database)
 
@@ -73,15 +76,23 @@ class Intake:
             Moved: a slot is not open here.
             Conflict: key_reused, the key was used for other jobs.
             ClientFault: unknown_parent, too_deep.
-            Unavailable: key_in_use, or as Database.run.
+            Unavailable: too_many_classes, key_in_use, or as Database.run.
 
         Safe to retry: yes, by the key.
         """
         await self._ownership.require([part.at for part in call.parts])
         found = await self._database.run("read", lambda tx: self._find(tx, call))
         if len(found) < len(call.parts):
+            self._require_room(call, [part for part in call.parts if part.at.slot not in found])
             found |= await self._store(call, [part for part in call.parts if part.at.slot not in found])
         return ShardSubmitAnswer(first_ids=[found[part.at.slot] for part in call.parts])
+
+    def _require_room(self, call: ShardSubmit, parts: Sequence[SlotJobs]) -> None:
+        """Before anything is stored; two submits at once may pass both, which the bounds can bear."""
+        limits = (self._settings.max_classes, self._settings.max_classes_per_owner)
+        for part in parts:
+            of_part = {_needs(call.principal, spec).class_id() for spec in part.specs if _is_ready(spec)}
+            self._classes.require_room(part.at.slot, call.principal.subject, of_part, limits)
 
     async def _store(self, call: ShardSubmit, parts: Sequence[SlotJobs]) -> dict[int, int]:
         """Make the jobs of these parts of a call; the first id by slot."""
@@ -96,7 +107,7 @@ class Intake:
         # Only now: of a transaction that was rolled back and run again nothing may be known.
         for job in jobs:
             if not self._classes.knows(job.key):
-                self._classes.learn(*job.key, _ENCODER.encode(job.needs))
+                self._classes.learn(*job.key, _ENCODER.encode(job.needs), call.principal.subject)
         await self._announce([Hint(-job.priority, job.id, job.key) for job in jobs if job.ready])
         return {part.at.slot: first_id for part, first_id in numbered}
 
@@ -145,7 +156,16 @@ class Intake:
 def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int, int, dict[int, int]]) -> _NewJob:
     identifier, serial, depths = given
     spec = part.specs[index]
-    needs = Requirements(
+    needs = _needs(principal, spec)
+    event = Event.SUBMIT_READY if _is_ready(spec) else Event.SUBMIT
+    offset = part.offsets[index] if part.offsets else 0
+    priority = default_priority(spec.label, serial=serial, offset=offset) if spec.priority is None else spec.priority
+    depth = 0 if spec.parent_id is None else depths[spec.parent_id]
+    return _NewJob(identifier, spec, needs, needs.class_id(), event, next_state(None, event), priority, depth)
+
+
+def _needs(principal: Principal, spec: JobSpec) -> Requirements:
+    return Requirements(
         label=spec.label,
         vo=principal.vo,
         cores=spec.cores,
@@ -157,11 +177,10 @@ def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int,
         pilot_type=spec.pilot_type,
         queue=spec.queue,
     )
-    event = Event.SUBMIT_READY if all(file.ready for file in spec.inputs) else Event.SUBMIT
-    offset = part.offsets[index] if part.offsets else 0
-    priority = default_priority(spec.label, serial=serial, offset=offset) if spec.priority is None else spec.priority
-    depth = 0 if spec.parent_id is None else depths[spec.parent_id]
-    return _NewJob(identifier, spec, needs, needs.class_id(), event, next_state(None, event), priority, depth)
+
+
+def _is_ready(spec: JobSpec) -> bool:
+    return all(file.ready for file in spec.inputs)
 
 
 async def _insert_jobs(tx: Transaction, call: ShardSubmit, slot: int, jobs: Sequence[_NewJob]) -> None:

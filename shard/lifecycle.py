@@ -21,6 +21,7 @@ from culm.wire import (
     CancelledJob,
     CancelOutcome,
     HeartbeatAnswer,
+    JobError,
     Principal,
     ReportAnswer,
     ReportRequest,
@@ -50,6 +51,8 @@ DATA_EVENTS: Final = frozenset(
 _AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
 _DATA_MAY_END: Final = UNREADY | _AFTER_WORKER
 _IDS_PER_TRANSACTION: Final = 200
+GIVEN_BACK: Final = 1
+"""Our own code: PanDA has none for it."""
 _CANCELLED: Final[CancelOutcome] = "cancelled"
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
@@ -189,10 +192,12 @@ class Lifecycle:
         """Make the transition, keep the report if it ends the attempt, else renew the lease."""
         event, lease = what
         request, actor = call.request, call.principal.subject
-        if event is Event.RELEASE and request.error is not None:
-            change = lost(job, actor, request.error)
+        detail = request.error.text if request.error else ""
+        if event is Event.RELEASE:
+            change = lost(job, actor, request.error) if request.error else self._given_back(job, actor, detail)
+            # A job may be given back often: its story is in the events.
+            request = msgspec.structs.replace(request, stdout_tail="", stderr_tail="")
         else:
-            detail = request.error.text if request.error else ""
             change = Change(job=job, event=event, actor=actor, detail=detail, error=request.error)
         state = next_state(job.state, change.event)
         hints = await apply(tx, [change])
@@ -237,17 +242,22 @@ class Lifecycle:
         locked = await lock_jobs(tx, ids)
         # Again, now locked: a job may have ended, and be another request's since.
         still = {row[0] for row in await tx.fetch("leases_of_request", request_id, subject)}
+        detail = f"the client of request {request_id} was gone"
         changes = [
-            Change(
-                job=job,
-                event=Event.CANCEL if job.cancel_requested else Event.RELEASE,
-                actor=subject,
-                detail=f"the client of request {request_id} was gone",
-            )
+            Change(job=job, event=Event.CANCEL, actor=subject, detail=detail)
+            if job.cancel_requested
+            else self._given_back(job, subject, detail)
             for job in locked.jobs.values()
             if job.state is State.SENT and job.id in still
         ]
         return await apply(tx, changes)
+
+    def _given_back(self, job: Job, actor: str, detail: str) -> Change:
+        """Free, but not for ever: a job that every pilot gives back would go round for good."""
+        n_before = job.attempt - 1 - job.lost
+        if n_before >= self._timeouts.max_releases:
+            return lost(job, actor, JobError(plane="culm", code=GIVEN_BACK, text=f"given back {n_before + 1} times"))
+        return Change(job=job, event=Event.RELEASE, actor=actor, detail=detail)
 
     async def _ids_of_jobset(self, jobset: int, slots: tuple[int, ...], after: int) -> list[int]:
         rows = await self._database.run(

@@ -45,13 +45,13 @@ class Shard:
         self.database = Database(settings.database, process=settings.process)
         self.classes = ClassRegistry()
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
-        self.ownership = Ownership(settings.name, self.database, self.classes, self._fresh_topology)
+        self.ownership = Ownership(settings.name, self.database, self._fresh_topology)
         self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch)
         notices = Notices(self._announce, self._withdraw)
         self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
-        self.intake = Intake(self.database, self.classes, self.ownership, self._announce)
+        self.intake = Intake(self.database, self.classes, self.ownership, settings.dispatch, self._announce)
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
         cases = UseCases(
             settings.name, self.database, lambda: self.topology.current, self.intake, self.dispatcher, self.lifecycle

@@ -6,12 +6,11 @@ never seen is opened; one that is known here is left as its row says, for moving
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from culm.errors import Moved
 from culm.topology import Topology
 from culm.wire import SlotRef
-from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 
 log = logging.getLogger("shard.ownership")
@@ -20,13 +19,10 @@ log = logging.getLogger("shard.ownership")
 class Ownership:
     """Which slots are open here, as last read from InnoDB: a shortcut for refusals, never a permission to write."""
 
-    def __init__(
-        self, shard: str, database: Database, classes: ClassRegistry, topology: Callable[[], Topology]
-    ) -> None:
+    def __init__(self, shard: str, database: Database, topology: Callable[[], Topology]) -> None:
         self.shard = shard
         self.open: dict[int, int] = {}
         self._database = database
-        self._classes = classes
         self._topology = topology
         self._known: set[int] = set()
         self._adopting = asyncio.Lock()
@@ -36,10 +32,8 @@ class Ownership:
         async with self._adopting:
             placed = {ref.slot: ref for ref in self._topology().slots_on(self.shard)}
             fresh = [ref for slot, ref in placed.items() if slot not in self._known]
-            rows, classes = await self._database.run("write", lambda tx: self._open(tx, fresh))
+            rows = await self._database.run("write", lambda tx: self._open(tx, fresh))
             # Only now: of a commit that failed nothing may be believed.
-            for slot, class_id, body in classes:
-                self._classes.learn(slot, class_id, body)
             self.open = {slot: epoch for slot, state, epoch in rows if state == "open"}
             self._known.update(row[0] for row in rows)
             if fresh:
@@ -53,11 +47,9 @@ class Ownership:
             if self.open.get(ref.slot) != ref.epoch:
                 raise Moved(ref.slot, self.open.get(ref.slot, 0))
 
-    async def _open(self, tx: Transaction, fresh: list[SlotRef]) -> tuple[list[Row], list[Row]]:
-        """Open these; all slots there are, and the classes of those never seen."""
+    async def _open(self, tx: Transaction, fresh: list[SlotRef]) -> Sequence[Row]:
+        """Open these; all slots there are."""
         for ref in fresh:
             await tx.execute("open_slot", ref.slot, ref.epoch)
             await tx.execute("begin_sequence", ref.slot)
-        rows = await tx.fetch("read_slots")
-        new = tuple(row[0] for row in rows if row[0] not in self._known)
-        return rows, await tx.fetch("read_classes", new) if new else []
+        return await tx.fetch("read_slots")

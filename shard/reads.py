@@ -30,6 +30,9 @@ from shard.database import Database, Row
 _SPEC: Final = msgspec.msgpack.Decoder(JobSpec)
 _REPORT: Final = msgspec.msgpack.Decoder(ReportRequest)
 _MICROSECONDS: Final = 1_000_000
+MAX_EVENTS: Final = 1000
+MAX_REPORTS: Final = 50
+"""The newest of each: a job may have been given back many times, and the answer must fit into a frame."""
 
 
 async def read_job(database: Database, topology: Topology, call: ShardJob) -> JobView:
@@ -38,13 +41,17 @@ async def read_job(database: Database, topology: Topology, call: ShardJob) -> Jo
     if not rows or not access.may_read(call.principal, rows[0][6]):
         raise ClientFault("unknown_job", f"job {call.id} is not known", http_status=404)
     spec = await database.run("read", lambda tx: tx.fetch("read_spec", call.id))
-    events = await database.run("read", lambda tx: tx.fetch("read_events", call.id))
-    reports = await database.run("read", lambda tx: tx.fetch("read_reports", call.id))
+    events = await database.run("read", lambda tx: tx.fetch("read_events", call.id, MAX_EVENTS))
+    reports = await database.run("read", lambda tx: tx.fetch("read_reports", call.id, MAX_REPORTS))
+    n_reports = await database.run("read", lambda tx: tx.fetch("count_reports", call.id))
     return JobView(
         job=_job_row(rows[0], topology),
-        spec=_SPEC.decode(spec[0][0]),
-        history=[_event(row) for row in events],
-        reports=[_report(row) for row in reports],
+        spec=_SPEC.decode(spec[0][0]) if spec else JobSpec(),
+        history=[_event(row) for row in reversed(events)],
+        reports=[_report(row) for row in reversed(reports)],
+        # Events are numbered from 1 without gaps.
+        events_left_out=events[-1][0] - 1 if events else 0,
+        reports_left_out=max(0, n_reports[0][0] - len(reports)),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Final
 from prometheus_client import Counter
 
 from culm.clock import Clock, SystemClock
+from culm.errors import Unavailable
 from culm.ids import id_range, slot_of
 from culm.settings import Timeouts
 from culm.states import UNREADY, Event, State
@@ -22,6 +23,7 @@ from shard.transitions import Change, Job, apply, lock_jobs, lock_slots, lost
 
 BATCH: Final = 200
 ACTOR: Final = "reaper"
+CONTENDED: Final = "contended"
 
 # Codes of panda-server's jobDispatcher (Watcher): 100 lost heartbeat, 101 recovery failed, 102 no reply to a sent job.
 NO_REPLY: Final = JobError(plane="jobDispatcher", code=102, text="no reply to sent job")
@@ -38,6 +40,8 @@ _ERRORS: Final = {
 }
 
 _EXPIRED: Final = Counter("culm_lease_expired_total", "Leases that ended by the database's clock", ["outcome"])
+
+_STUCK: Final = Counter("culm_stuck_leases_total", "Looks at a lease that could not be ended")
 
 log = logging.getLogger("shard.reaper")
 
@@ -72,7 +76,7 @@ class Reaper:
         ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         n_ended = 0
         while ids and not self.waits:
-            hints, changes = await self._database.run("write", partial(self._end_leases, ids=ids))
+            hints, changes = await self._ended(ids)
             for change in changes:
                 _EXPIRED.labels(change.event).inc()
             await self._notices.announce(hints)
@@ -81,6 +85,28 @@ class Reaper:
                 break
             ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         return n_ended
+
+    async def _ended(self, ids: Sequence[int]) -> tuple[list[Hint], list[Change]]:
+        """End a batch; one by one where that cannot be done together, so that one bad job holds up no other."""
+        try:
+            return await self._database.run("write", partial(self._end_leases, ids=ids))
+        except Unavailable as error:
+            if error.code != CONTENDED:
+                raise
+        hints: list[Hint] = []
+        changes: list[Change] = []
+        for identifier in ids:
+            try:
+                some, made = await self._database.run("write", partial(self._end_leases, ids=[identifier]))
+            except Unavailable as error:
+                if error.code != CONTENDED:
+                    raise
+                _STUCK.inc()
+                log.warning("the lease of job %d cannot be ended; do its rows fit together? (culm audit)", identifier)
+                continue
+            hints += some
+            changes += made
+        return hints, changes
 
     async def close_old(self) -> int:
         """Close jobs that nobody took, or whose inputs never came, in time; how many. Raises Unavailable."""

@@ -9,17 +9,19 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import islice
 
 from culm.errors import CulmError
 from culm.settings import DispatchSettings
 from shard.classes import ClassRegistry
-from shard.database import Database, Row
+from shard.database import Database, Row, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError
 from shard.hints import ClassKey, Hint
 
-SWEPT_PER_TURN = 10
+SWEPT_PER_TURN = 50
+CLASSES_PER_STATEMENT = 100
 LEFTOVERS_PER_TURN = 100
 
 log = logging.getLogger("shard.refill")
@@ -65,16 +67,24 @@ class Refill:
         """
         rows = await self._database.run("read", lambda tx: tx.fetch("active_classes"))
         ready = [ClassKey(*row) for row in rows]
-        strangers = tuple({key.slot for key in ready if not self._classes.knows(key)})
-        if strangers:
-            # Of a submit whose outcome was not told, or imported with a slot.
-            for row in await self._database.run("read", lambda tx: tx.fetch("read_classes", strangers)):
-                self._classes.learn(*row)
+        await self.meet(ready)
         ready = [key for key in ready if self._classes.knows(key)]
         inactive = set(ready) - set(self._classes.active())
         self._classes.announce(inactive)
         self.mark(inactive)
         return ready
+
+    async def meet(self, keys: Iterable[ClassKey]) -> None:
+        """Learn those of these classes that are not known.
+
+        They are of a submit whose outcome was not told, imported with a slot, or were forgotten while they were idle.
+        Raises Unavailable. Safe to retry: yes.
+        """
+        strangers = [key for key in keys if not self._classes.knows(key)]
+        for start in range(0, len(strangers), CLASSES_PER_STATEMENT):
+            some = strangers[start : start + CLASSES_PER_STATEMENT]
+            for row in await self._database.run("read", partial(_read_classes, keys=some)):
+                self._classes.learn(*row)
 
     async def turn(self) -> None:
         """Wait until a refill is wanted, then mend what is dirty. Raises Unavailable."""
@@ -129,6 +139,10 @@ class Refill:
             self._refilling.discard(key)
         if self._queue.generation != generation:
             self._dirty.add(key)
+
+
+async def _read_classes(tx: Transaction, keys: Sequence[ClassKey]) -> Sequence[Row]:
+    return await tx.fetch_rows("read_classes", keys)
 
 
 def _hint(row: Row) -> Hint:

@@ -69,7 +69,7 @@ SELECT id, slot, class_id, ranking FROM ready FORCE INDEX (PRIMARY) WHERE id IN 
 SELECT DISTINCT slot, class_id FROM ready
 
 -- name: read_classes
-SELECT slot, class_id, body FROM requirement_class WHERE slot IN %s
+{ UNION ALL |(SELECT slot, class_id, body FROM requirement_class WHERE slot = %s AND class_id = %s)}
 
 -- name: read_claimed
 SELECT job.id, job.slot, job.class_id, job.state, job.version, job.attempt, job.lost, job.max_attempts, job.priority,
@@ -179,10 +179,14 @@ SELECT body FROM spec WHERE id = %s
 
 -- name: read_events
 SELECT n, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), event, source, target, attempt, actor, detail
-FROM job_event WHERE id = %s ORDER BY n LIMIT 1000
+FROM job_event WHERE id = %s ORDER BY n DESC LIMIT %s
 
 -- name: read_reports
-SELECT attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body FROM report WHERE id = %s ORDER BY attempt
+SELECT attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body FROM report WHERE id = %s
+ORDER BY attempt DESC LIMIT %s
+
+-- name: count_reports
+SELECT COUNT(*) FROM report WHERE id = %s
 
 -- The filters are switched by their own argument, so that one text serves every combination.
 -- name: list_jobs
