@@ -21,13 +21,23 @@ def require_monitor(principal: Principal) -> None:
         raise forbidden("metrics need an admin's token or a user's with the role monitor")
 
 
+def is_production(principal: Principal) -> bool:
+    """Whether it may ask for what changes the order among all: an admin, or the role production."""
+    return principal.role == "admin" or PRODUCTION in principal.roles
+
+
 def forbidden(message: str) -> ClientFault:
     """The error for what this principal may not do."""
     return ClientFault("forbidden", message, http_status=403)
 
 
-def allows_queue(principal: Principal, queue: str) -> bool:
-    """Whether a pilot's token is scoped for a computing queue (invariant I13); an admin's always is."""
+def allows_queue(principal: Principal, queue: str, authority: str) -> bool:
+    """Whether a token may ask for jobs of a computing queue that an authority has registered (invariant I13).
+
+    A pilot's is scoped for computing queues of its own authority, an admin's holds for all of those.
+    """
+    if principal.authority != authority:
+        return False
     if principal.role == "admin":
         return True
     return principal.role == "pilot" and any(
@@ -35,23 +45,46 @@ def allows_queue(principal: Principal, queue: str) -> bool:
     )
 
 
-def may_read(principal: Principal, vo: str) -> bool:
-    """Users see the jobs of their own VO, an admin sees all, a pilot none."""
-    return principal.role == "admin" or (principal.role == "user" and principal.vo == vo)
+def authority_of(account: str) -> str:
+    """The authority of an account, which is `authority:subject`."""
+    return account.partition(":")[0]
 
 
-def may_end(principal: Principal, *, owner: str, vo: str, working_group: str) -> bool:
-    """An owner may end his jobs, a group's manager the group's, production its VO's, an admin all."""
+def may_read(principal: Principal, *, vo: str, owner: str, authority: str) -> bool:
+    """Users see the jobs of their own VO everywhere, an admin those of his authority, a pilot none.
+
+    Args:
+        principal: who asks.
+        vo: the job's.
+        owner: the job's, an account.
+        authority: in whose slots the job lies.
+    """
+    if principal.role == "admin":
+        return _acts_for(principal, owner, authority)
+    return principal.role == "user" and principal.vo == vo
+
+
+def may_end(principal: Principal, *, owner: str, vo: str, working_group: str, authority: str) -> bool:
+    """An owner may end his jobs; of his authority's, a group's manager the group's, production its VO's, an admin all.
+
+    A job is an authority's if it lies in its slots or belongs to an account of it.
+    """
+    if not _acts_for(principal, owner, authority):
+        return False
     if principal.role != "user":
         return principal.role == "admin"
     if principal.vo != vo:
         return False
     is_manager = bool(working_group) and f"manager:{working_group}" in principal.roles
-    return principal.subject == owner or is_manager or PRODUCTION in principal.roles
+    return principal.account == owner or is_manager or PRODUCTION in principal.roles
 
 
-def may_speak_for_data(principal: Principal, vo: str) -> bool:
-    """Whether this is the data side of a VO: it says when inputs are there and outputs are stored."""
-    return principal.role == "admin" or (
-        principal.role == "user" and principal.vo == vo and PRODUCTION in principal.roles
+def may_speak_for_data(principal: Principal, *, vo: str, owner: str, authority: str) -> bool:
+    """Whether this is the data side of a job: it says when inputs are there and outputs are stored."""
+    return _acts_for(principal, owner, authority) and (
+        principal.role == "admin" or (principal.role == "user" and principal.vo == vo and PRODUCTION in principal.roles)
     )
+
+
+def _acts_for(principal: Principal, owner: str, authority: str) -> bool:
+    return principal.authority in (authority, authority_of(owner))

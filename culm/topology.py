@@ -164,10 +164,10 @@ class Topology:
         """The epoch of each section."""
         return {name: section.epoch for name, section in self.sections.items()}
 
-    @property
-    def default_region(self) -> str:
-        """The region of a job that names no place, or ""."""
-        return next((s.default_region for s in self.sections.values() if s.default_region), "")
+    def default_region(self, authority: str) -> str:
+        """The region of a job that names no place, by the authority of its submitter; "" if there is none."""
+        section = self.sections.get(authority)
+        return section.default_region if section is not None else ""
 
     def queue(self, name: str) -> tuple[str, Site, Queue]:
         """The site's name, the site and the description of a computing queue. Raises ClientFault(unknown_queue)."""
@@ -253,6 +253,14 @@ def slot_block(authority: str) -> tuple[int, int]:
         return SLOT_BLOCKS[authority]
     except KeyError:
         raise ClientFault("unknown_authority", f"{authority!r} has no block of slot numbers") from None
+
+
+def authority_of_slot(slot: int) -> str:
+    """In whose block a slot number lies. Raises ClientFault(unknown_slot) outside of all."""
+    for authority, (first, last) in SLOT_BLOCKS.items():
+        if first <= slot <= last:
+            return authority
+    raise ClientFault("unknown_slot", f"{slot} is in no authority's block of slot numbers", http_status=404)
 
 
 def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Section:

@@ -371,11 +371,16 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     vo: str = ""
     groups: list[str] = []
     roles: list[str] = []
-    """`production`, `manager:<group>`."""
+    """`production`, `monitor`, `manager:<group>`."""
     queues: list[str] = []
     """Computing queues a pilot may ask for: names, or a prefix ending in `*`."""
     vos: list[str] | None = None
     """VOs whose jobs a pilot may take; None is any."""
+
+    @property
+    def account(self) -> str:
+        """Who it is among all authorities, `authority:subject`: two authorities may know the same subject."""
+        return f"{self.authority}:{self.subject}"
 
 
 class SlotRef(msgspec.Struct, frozen=True, array_like=True):

@@ -46,9 +46,11 @@ async def get_job(forward: Forward, orphans: "Orphans", principal: Principal, re
 
     Safe to retry: yes, by the request id.
     """
-    if not access.allows_queue(principal, request.queue):
-        raise access.forbidden(f"the token is not scoped for the computing queue {request.queue}")
-    forward.resolve(lambda topology: topology.queue(request.queue))
+    access.require_role(principal, "pilot", "admin")
+    _, site, _ = forward.resolve(lambda topology: topology.queue(request.queue))
+    authority = forward.topology.authority_of_region(site.region)
+    if not access.allows_queue(principal, request.queue, authority):
+        raise access.forbidden(f"the token is not scoped for the computing queue {request.queue} of {authority}")
 
     async def attempt(topology: Topology) -> GetJobAnswer:
         _, site, queue = topology.queue(request.queue)
@@ -91,7 +93,7 @@ class Orphans:
     def unsent(self, shards: list[str], principal: Principal, request: GetJobRequest) -> None:
         """The answer to a get_job could not be written to its client."""
         for shard in shards:
-            self._release(shard, request.request_id, principal.subject)
+            self._release(shard, request.request_id, principal.account)
 
     def crossed(self, shard: str, verb: str, body: bytes, answer: bytes) -> None:
         """An answer came over the link for a caller that is gone."""
@@ -204,7 +206,7 @@ class _Question:
         message = ShardGetJob(
             slots=slots,
             request_id=self.request.request_id,
-            subject=self.principal.subject,
+            subject=self.principal.account,
             # An offer of no label takes nothing new.
             offer=msgspec.structs.replace(offer, labels=frozenset()) if only_repeat else offer,
             pilot=self.request.pilot,

@@ -35,7 +35,7 @@ def _check_job(principal: Principal, spec: JobSpec) -> None:
         raise ClientFault("bad_job", f"the label {spec.label!r} is none of {', '.join(sorted(labels.ANY))}")
     if principal.role == "admin":
         return
-    is_production = access.PRODUCTION in principal.roles
+    is_production = access.is_production(principal)
     if spec.working_group and spec.working_group not in principal.groups:
         raise forbidden(f"{principal.subject} is not in the working group {spec.working_group}")
     if spec.label in labels.PRODUCTION and not is_production:

@@ -83,7 +83,7 @@ async def _change(
     expected: int | None = None,
 ) -> ChangedAnswer:
     _require_own(home, principal)
-    who = Who(actor=f"{principal.authority}:{principal.subject}", reason=reason, at=time.time())
+    who = Who(actor=principal.account, reason=reason, at=time.time())
     # It waits for a lock and for the disk.
     section = await asyncio.to_thread(topology_store.change, home.folder, home.authority, edit, who, expected=expected)
     return ChangedAnswer(authority=section.authority, epoch=section.epoch)

@@ -35,15 +35,15 @@ def jobset_of(owner: str, key: str) -> int:
     return stable_hash("jobset", owner, key) or 1
 
 
-def split_by_shard(topology: Topology, specs: Sequence[JobSpec], key: str) -> list[ShardPart]:
-    """Cut a call into the parts of its shards, in the order of the slots' first jobs.
+def split_by_shard(topology: Topology, specs: Sequence[JobSpec], key: str, authority: str) -> list[ShardPart]:
+    """Cut a call into the parts of its shards, in the order of the slots' first jobs; `authority` is the submitter's.
 
     Raises ClientFault (unknown_queue, unknown_site, unknown_region, bad_target) that names the first offending job.
     """
     places: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         try:
-            places.setdefault(target_slot(topology, spec, key), []).append(index)
+            places.setdefault(target_slot(topology, spec, key, authority), []).append(index)
         except ClientFault as error:
             raise ClientFault(
                 error.code, f"jobs[{index}]: {error.message}", http_status=error.http_status, details={"index": index}
@@ -59,8 +59,8 @@ def split_by_shard(topology: Topology, specs: Sequence[JobSpec], key: str) -> li
     return list(parts.values())
 
 
-def target_slot(topology: Topology, spec: JobSpec, key: str) -> int:
-    """The slot of a job: a computing queue's or site's pin beats a region's, that beats the default region.
+def target_slot(topology: Topology, spec: JobSpec, key: str, authority: str) -> int:
+    """The slot of a job: a computing queue's or site's pin beats a region's, that beats the authority's default region.
 
     A site with several slots takes the one that the idempotency key says, so that a repeat goes where the first went.
     """
@@ -71,9 +71,9 @@ def target_slot(topology: Topology, spec: JobSpec, key: str) -> int:
     elif spec.site:
         site_name, site = spec.site, topology.site(spec.site)
     else:
-        name = spec.region or topology.default_region
+        name = spec.region or topology.default_region(authority)
         if not name:
-            raise ClientFault("bad_target", "no queue, site or region is named, and there is no default region")
+            raise ClientFault("bad_target", f"no queue, site or region is named, and {authority} has no default region")
         return topology.region(name).slot
     if spec.region and spec.region != site.region:
         raise ClientFault("bad_target", f"site {site_name} belongs to region {site.region}, not to {spec.region}")

@@ -35,12 +35,14 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
     Safe to retry: yes, by the idempotency key.
     """
     check_jobs(principal, request.jobs)
-    forward.resolve(lambda topology: split_by_shard(topology, request.jobs, request.idempotency_key))
+    forward.resolve(
+        lambda topology: split_by_shard(topology, request.jobs, request.idempotency_key, principal.authority)
+    )
     depths = await _parent_depths(forward, request.jobs)
-    jobset = request.jobset or jobset_of(principal.subject, request.idempotency_key)
+    jobset = request.jobset or jobset_of(principal.account, request.idempotency_key)
 
     async def attempt(topology: Topology) -> SubmitAnswer:
-        parts = split_by_shard(topology, request.jobs, request.idempotency_key)
+        parts = split_by_shard(topology, request.jobs, request.idempotency_key, principal.authority)
         calls = [
             (
                 part.shard,

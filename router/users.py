@@ -3,10 +3,12 @@
 import contextlib
 from collections.abc import Container
 
+import msgspec
+
 from culm import access
 from culm.errors import ClientFault, CulmError, Moved
 from culm.ids import slot_of
-from culm.topology import Topology
+from culm.topology import SLOT_BLOCKS, Topology
 from culm.wire import (
     CancelAnswer,
     CancelledJob,
@@ -74,6 +76,8 @@ async def jobs(forward: Forward, principal: Principal, query: JobsQuery) -> Jobs
     Raises ClientFault (unknown_site, unknown_region, forbidden).
     """
     access.require_role(principal, "user", "admin")
+    if query.owner and access.authority_of(query.owner) not in SLOT_BLOCKS:
+        query = msgspec.structs.replace(query, owner=f"{principal.authority}:{query.owner}")
     by_shard = forward.resolve(lambda topology: _slots_of_query(topology, query))
     calls = [(shard, ShardJobs(principal=principal, query=query, slots=slots)) for shard, slots in by_shard.items()]
     answers = await forward.links.ask_many(calls, "jobs", JobsAnswer, forward.deadline_s)

@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from culm import access
 from culm.errors import ClientFault, Conflict, Unavailable
 from culm.ids import slot_of
 from culm.matching import Requirements
@@ -92,7 +93,7 @@ class Intake:
         limits = (self._settings.max_classes, self._settings.max_classes_per_owner)
         for part in parts:
             of_part = {_needs(call.principal, spec).class_id() for spec in part.specs if _is_ready(spec)}
-            self._classes.require_room(part.at.slot, call.principal.subject, of_part, limits)
+            self._classes.require_room(part.at.slot, call.principal.account, of_part, limits)
 
     async def _store(self, call: ShardSubmit, parts: Sequence[SlotJobs]) -> dict[int, int]:
         """Make the jobs of these parts of a call; the first id by slot."""
@@ -107,7 +108,7 @@ class Intake:
         # Only now: of a transaction that was rolled back and run again nothing may be known.
         for job in jobs:
             if not self._classes.knows(job.key):
-                self._classes.learn(*job.key, _ENCODER.encode(job.needs), call.principal.subject)
+                self._classes.learn(*job.key, _ENCODER.encode(job.needs), call.principal.account)
         await self._announce([Hint(-job.priority, job.id, job.key) for job in jobs if job.ready])
         return {part.at.slot: first_id for part, first_id in numbered}
 
@@ -117,7 +118,7 @@ class Intake:
         The parts of one call are stored together, but slots move: a repeat may bring one that another shard missed.
         """
         slots = tuple(part.at.slot for part in call.parts)
-        rows = await tx.fetch("find_submissions", call.principal.subject, call.key, slots)
+        rows = await tx.fetch("find_submissions", call.principal.account, call.key, slots)
         digests = {row[0]: row[1] for row in rows}
         if any(digests.get(part.at.slot, b"") not in (b"", _digest(call, part)) for part in call.parts):
             raise Conflict("key_reused", "this idempotency key was used for other jobs")
@@ -127,7 +128,7 @@ class Intake:
         self, tx: Transaction, call: ShardSubmit, numbered: Sequence[tuple[SlotJobs, int]]
     ) -> list[_NewJob]:
         await lock_slots(tx, [part.at for part, _ in numbered])
-        owner = call.principal.subject
+        owner = call.principal.account
         depths = _child_depths(call)
         serial = int((await tx.fetch("owner_active_jobs", owner))[0][0])
         submissions, made = [], list[_NewJob]()
@@ -159,7 +160,10 @@ def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int,
     needs = _needs(principal, spec)
     event = Event.SUBMIT_READY if _is_ready(spec) else Event.SUBMIT
     offset = part.offsets[index] if part.offsets else 0
-    priority = default_priority(spec.label, serial=serial, offset=offset) if spec.priority is None else spec.priority
+    priority = default_priority(spec.label, serial=serial, offset=offset)
+    if spec.priority is not None:
+        # A user's own may order his jobs among each other, and only below what the formula gives him.
+        priority = spec.priority if access.is_production(principal) else min(spec.priority, priority)
     depth = 0 if spec.parent_id is None else depths[spec.parent_id]
     return _NewJob(identifier, spec, needs, needs.class_id(), event, next_state(None, event), priority, depth)
 
@@ -193,14 +197,14 @@ async def _insert_jobs(tx: Transaction, call: ShardSubmit, slot: int, jobs: Sequ
             [
                 (
                     *(job.id, slot, job.class_id, job.state, job.spec.max_attempts, job.priority, call.jobset),
-                    *(job.spec.parent_id, job.depth, who.subject, who.vo, job.spec.working_group, job.spec.label),
+                    *(job.spec.parent_id, job.depth, who.account, who.vo, job.spec.working_group, job.spec.label),
                     *(job.spec.name, job.spec.queue),
                 )
                 for job in some
             ],
         )
         await tx.execute_rows(
-            "insert_events", [(job.id, 1, job.event, None, job.state, 0, who.subject, "") for job in some]
+            "insert_events", [(job.id, 1, job.event, None, job.state, 0, who.account, "") for job in some]
         )
         await tx.execute_rows(
             "insert_ready", [(job.id, slot, job.class_id, -job.priority) for job in some if job.ready]

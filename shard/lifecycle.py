@@ -7,7 +7,7 @@ data side gets the present state, if the job's history has it.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypedDict
 
 import msgspec
 
@@ -16,6 +16,7 @@ from culm.errors import ClientFault, Conflict
 from culm.ids import slot_of
 from culm.settings import Timeouts
 from culm.states import FINAL, LEASED, PILOT_EVENTS, TRANSITIONS, UNREADY, Event, State, next_state
+from culm.topology import authority_of_slot
 from culm.wire import (
     CancelAnswer,
     CancelledJob,
@@ -55,6 +56,14 @@ GIVEN_BACK: Final = 1
 """Our own code: PanDA has none for it."""
 _CANCELLED: Final[CancelOutcome] = "cancelled"
 _ENCODER: Final = msgspec.msgpack.Encoder()
+
+
+class _OfJob(TypedDict):
+    """What decides who may do something with a job."""
+
+    vo: str
+    owner: str
+    authority: str
 
 
 class Lifecycle:
@@ -147,7 +156,7 @@ class Lifecycle:
         # A heartbeat that was overtaken by a later one says nothing new: the state never goes back.
         if (state, event) in TRANSITIONS:
             state = next_state(state, event)
-            await apply(tx, [Change(job=job, event=event, actor=call.principal.subject)])
+            await apply(tx, [Change(job=job, event=event, actor=call.principal.account)])
         lease_s = self.lease_s(state, lease)
         await tx.execute("extend_lease", lease_s, job.id)
         command = "cancel" if job.cancel_requested else None
@@ -178,7 +187,7 @@ class Lifecycle:
         job = locked.jobs.get(request.id)
         if job is None:
             raise _unknown(request.id)
-        if not access.may_speak_for_data(call.principal, job.vo):
+        if not access.may_speak_for_data(call.principal, **_of(job)):
             raise access.forbidden("only the data side (role production) of the job's VO may say this")
         if await _is_repeat(tx, job, event):
             return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state), []
@@ -191,7 +200,7 @@ class Lifecycle:
     ) -> tuple[ReportAnswer, list[Hint]]:
         """Make the transition, keep the report if it ends the attempt, else renew the lease."""
         event, lease = what
-        request, actor = call.request, call.principal.subject
+        request, actor = call.request, call.principal.account
         detail = request.error.text if request.error else ""
         if event is Event.RELEASE:
             change = lost(job, actor, request.error) if request.error else self._given_back(job, actor, detail)
@@ -227,7 +236,7 @@ class Lifecycle:
         if requested:
             await tx.execute("request_cancel", requested)
         ended = [locked.jobs[i] for i, outcome in outcomes.items() if outcome == _CANCELLED]
-        await apply(tx, [Change(job=job, event=Event.CANCEL, actor=principal.subject) for job in ended])
+        await apply(tx, [Change(job=job, event=Event.CANCEL, actor=principal.account) for job in ended])
         told = [
             CancelledJob(id=i, outcome=outcome, state=_state_after(outcome, locked.jobs.get(i)))
             for i, outcome in outcomes.items()
@@ -275,7 +284,7 @@ def _leased_to(locked: Locked, principal: Principal, identifier: int, held: tupl
     job, lease = locked.jobs.get(identifier), locked.leases.get(identifier)
     if job is None:
         raise _unknown(identifier)
-    if not access.allows_queue(principal, job.queue):
+    if not access.allows_queue(principal, job.queue, authority_of_slot(job.slot)):
         raise access.forbidden(f"the token is not scoped for the computing queue {job.queue}")
     if lease is None or (lease.attempt, lease.token) != held:
         raise Conflict(
@@ -319,12 +328,16 @@ def _check_report(call: ShardReport) -> None:
 def _cancel_outcome(principal: Principal, job: Job | None) -> CancelOutcome:
     if job is None:
         return "not_found"
-    if not access.may_end(principal, owner=job.owner, vo=job.vo, working_group=job.working_group):
+    if not access.may_end(principal, working_group=job.working_group, **_of(job)):
         return "forbidden"
     if job.state in FINAL:
         return "already_final"
     # Where a worker runs it, the pilot is told at its next heartbeat; else nobody needs to be asked.
     return "requested" if job.state in LEASED - _AFTER_WORKER else "cancelled"
+
+
+def _of(job: Job) -> _OfJob:
+    return {"vo": job.vo, "owner": job.owner, "authority": authority_of_slot(job.slot)}
 
 
 def _state_after(outcome: CancelOutcome, job: Job | None) -> State | None:

@@ -8,7 +8,7 @@ from culm import access
 from culm.errors import ClientFault
 from culm.ids import slot_of
 from culm.states import Event, State
-from culm.topology import Topology
+from culm.topology import Topology, authority_of_slot, slot_block
 from culm.wire import (
     AttemptReport,
     JobError,
@@ -38,7 +38,9 @@ MAX_REPORTS: Final = 50
 async def read_job(database: Database, topology: Topology, call: ShardJob) -> JobView:
     """One job with its history. Raises ClientFault(unknown_job), also for what the caller may not see; Unavailable."""
     rows = await database.run("read", lambda tx: tx.fetch("read_job", call.id))
-    if not rows or not access.may_read(call.principal, rows[0][6]):
+    if not rows or not access.may_read(
+        call.principal, vo=rows[0][6], owner=rows[0][5], authority=authority_of_slot(rows[0][1])
+    ):
         raise ClientFault("unknown_job", f"job {call.id} is not known", http_status=404)
     spec = await database.run("read", lambda tx: tx.fetch("read_spec", call.id))
     events = await database.run("read", lambda tx: tx.fetch("read_events", call.id, MAX_EVENTS))
@@ -59,11 +61,15 @@ async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> 
     """A page of jobs by id; only what the caller may see. Raises ClientFault(forbidden), Unavailable."""
     access.require_role(call.principal, "user", "admin")
     query = call.query
-    of_vo = (int(call.principal.role != "admin"), call.principal.vo)
+    # The rule of access.may_read: no list shows what a read of the one would refuse.
+    who = call.principal
+    is_user = int(who.role == "user")
+    of_user = (is_user, who.vo)
+    of_admin = (1 - is_user, *slot_block(who.authority), f"{who.authority}:%")
     state = query.state or ""
     slots = tuple(call.slots) or (0,)
     filters = (int(bool(call.slots)), slots, state, state, query.owner, query.owner)
-    of_jobset = (int(query.jobset is not None), query.jobset or 0, *of_vo)
+    of_jobset = (int(query.jobset is not None), query.jobset or 0, *of_user, *of_admin)
     rows = await database.run(
         "read", lambda tx: tx.fetch("list_jobs", query.after, *filters, *of_jobset, query.limit + 1)
     )

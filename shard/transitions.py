@@ -18,6 +18,7 @@ from shard.database import ChangedUnderfootError, Row, Transaction
 from shard.hints import ClassKey, Hint
 
 MAX_DETAIL_CHARS: Final = 255
+MAX_ACTOR_CHARS: Final = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,4 +197,4 @@ def _event(change: Change, target: State) -> tuple[object, ...]:
     job = change.job
     attempt = job.attempt if change.attempt is None else change.attempt
     detail = change.detail[:MAX_DETAIL_CHARS]
-    return (job.id, job.version + 1, change.event, job.state, target, attempt, change.actor[:128], detail)
+    return (job.id, job.version + 1, change.event, job.state, target, attempt, change.actor[:MAX_ACTOR_CHARS], detail)

@@ -27,6 +27,7 @@ from tests.waiting import eventually
 USER = Principal(role="user", subject="ann", authority="central", vo="atlas")
 ADMIN = Principal(role="admin", subject="root", authority="central")
 PILOT = Principal(role="pilot", subject="crowd", authority="central", queues=["*"])
+CERN_PILOT = Principal(role="pilot", subject="crowd", authority="CERN", queues=["*"])
 PATIENCE_S = 60.0
 SITES = ("BNL", "DESY", "CERN-PROD")
 """One site on each shard."""
@@ -61,11 +62,16 @@ class Crowd:
         async with (
             self._running.client(USER, patience_s=PATIENCE_S) as user,
             self._running.client(PILOT, patience_s=PATIENCE_S) as agent,
+            self._running.client(CERN_PILOT, patience_s=PATIENCE_S) as agent_of_cern,
             self._running.client(ADMIN, patience_s=PATIENCE_S) as admin,
             asyncio.TaskGroup() as group,
         ):
             submitters = [group.create_task(self._submit(user, number)) for number in range(n_submitters)]
-            pilots = [group.create_task(self._pull(agent, number)) for number in range(n_pilots)]
+            pilots = []
+            for number in range(n_pilots):
+                site = self._sites[number % len(self._sites)]
+                client = agent_of_cern if site.startswith("CERN") else agent
+                pilots.append(group.create_task(self._pull(client, number, f"{site}-q")))
             yield self
             self._submitting = False
             await asyncio.gather(*submitters)
@@ -101,8 +107,7 @@ class Crowd:
     def _backlog(self) -> int:
         return len(self.books.acknowledged) - len(self.books.finished)
 
-    async def _pull(self, client: Client, number: int) -> None:
-        queue = f"{self._sites[number % len(self._sites)]}-q"
+    async def _pull(self, client: Client, number: int, queue: str) -> None:
         me = PilotInfo(id=f"crowd-{number}", host="test")
         while True:
             request = GetJobRequest(request_id=secrets.token_hex(12), queue=queue, pilot=me, wait_s=1.0)

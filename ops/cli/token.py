@@ -86,7 +86,9 @@ def _unmatched(folder: Path, patterns: list[str]) -> list[str]:
     return [
         pattern
         for pattern in patterns
-        if not any(access.allows_queue(msgspec.structs.replace(one, queues=[pattern]), queue) for queue in known)
+        if not any(
+            access.allows_queue(msgspec.structs.replace(one, queues=[pattern]), queue, one.authority) for queue in known
+        )
     ]
 
 

@@ -196,7 +196,8 @@ SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, 
     error_plane, error_code, error_text
 FROM job
 WHERE id > %s AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
-    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s)
+    AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: counts

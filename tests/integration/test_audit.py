@@ -127,7 +127,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("UPDATE job SET state = 'closed' WHERE id = {cancelled}",),
     ),
     "tally_differs": ("slot", ("UPDATE tally SET n = n + 1 WHERE slot = {slot} AND state = 'finished'",)),
-    "owner_tally_differs": ("", ("UPDATE owner_tally SET n = n - 1 WHERE owner = 'ann'",)),
+    "owner_tally_differs": ("", ("UPDATE owner_tally SET n = n - 1 WHERE owner = 'central:ann'",)),
     "undeclared_transition": (
         "finished",
         ("UPDATE job_event SET event = 'release' WHERE id = {finished} AND event = 'finish'",),

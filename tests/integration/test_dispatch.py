@@ -44,7 +44,7 @@ async def test_an_empty_shard_gives_no_job(shard: Partition) -> None:
 async def test_a_job_comes_with_all_that_its_pilot_needs(shard: Partition) -> None:
     [identifier] = await shard.submit(job(name="hello", priority=5))
     [grant] = await shard.get()
-    assert (grant.id, grant.attempt, grant.owner, grant.vo, grant.jobset) == (identifier, 1, "ann", "atlas", 7)
+    assert (grant.id, grant.attempt, grant.owner, grant.vo, grant.jobset) == (identifier, 1, "central:ann", "atlas", 7)
     assert grant.lease_s == Timeouts().first_lease_s
     view = await shard.job(identifier)
     assert (view.job.state, view.job.queue, view.job.pilot, view.job.host) == (State.SENT, QUEUE, "p1", "node1")

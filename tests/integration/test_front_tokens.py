@@ -190,7 +190,7 @@ async def test_an_admin_changes_the_section_of_his_own_authority_only(router: Ru
     token = cern.issue(msgspec.structs.replace(ADMIN, authority="CERN"), 60)
     body = b'{"queue": "BNL-q", "changes": {"status": "offline"}}'
     reply = await router.send("POST", "/v1/queue", body, token=token)
-    assert (reply.status, reply.code) == (404, "unknown_authority")
+    assert (reply.status, reply.code) == (403, "forbidden")
 
 
 async def test_private_keys_are_for_the_owner_only(router: RunningFront) -> None:

@@ -45,7 +45,7 @@ async def test_users_see_the_jobs_of_their_own_vo(shard: Partition) -> None:
         assert [row.id for row in (await ann.jobs(JobsQuery())).jobs] == [mine]
         assert [row.id for row in (await cy.jobs(JobsQuery())).jobs] == [theirs]
         async with router.client(OTHER_USER) as bob:
-            assert (await bob.job(mine)).job.owner == "ann"
+            assert (await bob.job(mine)).job.owner == "central:ann"
         async with router.client(ADMIN) as admin:
             assert [row.id for row in (await admin.jobs(JobsQuery())).jobs] == [mine, theirs]
         for who, hidden in ((ann, theirs), (cy, mine)):

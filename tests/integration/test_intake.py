@@ -113,7 +113,7 @@ async def test_what_is_listed(shard: Partition) -> None:
     page = await shard.jobs(limit=4, after=page.next)
     assert ([row.id for row in page.jobs], page.next) == ([ids[4], others[0]], None)
     assert [row.id for row in (await shard.jobs(jobset=2)).jobs] == others
-    assert [row.id for row in (await shard.jobs(owner="prod")).jobs] == others
+    assert [row.id for row in (await shard.jobs(owner="central:prod")).jobs] == others
     assert (await shard.jobs(state=State.FINISHED)).jobs == []
     row = (await shard.jobs(jobset=2)).jobs[0]
     assert (row.site, row.region, row.vo, row.state) == ("BNL", "US", "atlas", State.ACTIVATED)

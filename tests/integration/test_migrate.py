@@ -151,3 +151,28 @@ def test_a_file_is_cut_into_its_statements() -> None:
         "CREATE TABLE a (\n  b INT -- c\n)",
         "ALTER TABLE a ADD c INT",
     ]
+
+
+async def test_owners_of_before_become_accounts_of_the_authority_of_their_slots(settings: DatabaseSettings) -> None:
+    await migrate(settings)
+    cern = 12_290
+    job = "({id}, {slot}, 1, 'activated', 1, 0, 0, 3, 1000, 7, NULL, 0, '{owner}', '', '', 'user', '', '', '', '', 0"
+    rows = ", ".join(
+        job.format(id=(slot << 39) + 1, slot=slot, owner=owner)
+        + ", UTC_TIMESTAMP(6), UTC_TIMESTAMP(6), NULL, NULL, NULL)"
+        for slot, owner in ((3, "ann"), (cern, "ann"), (4, "central:bob"))
+    )
+    for text in (
+        f"INSERT INTO job VALUES {rows}",
+        "INSERT INTO submission VALUES (3, 'ann', 'k', REPEAT('x', 16), 1, 1, UTC_TIMESTAMP(6))",
+        f"INSERT INTO slot (slot, state, epoch, changed_at) VALUES ({cern}, 'open', 1, UTC_TIMESTAMP(6))",
+        "INSERT INTO owner_tally VALUES ('ann', 1, 2)",
+        # As a shard of before left it, or one that was cut off in the middle: bob is done already.
+        "DELETE FROM schema_version WHERE version = 3",
+    ):
+        await _ask(settings, text)
+    await migrate(settings)
+    owners = await _ask(settings, "SELECT slot, owner FROM job ORDER BY slot")
+    assert owners == [(3, "central:ann"), (4, "central:bob"), (cern, "CERN:ann")]
+    assert await _ask(settings, "SELECT owner FROM submission") == [("central:ann",)]
+    assert await _ask(settings, "SELECT owner FROM owner_tally") == [("CERN:ann",)]

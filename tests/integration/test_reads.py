@@ -55,7 +55,7 @@ async def test_a_job_is_shown_with_all_its_history_and_reports(shard: Partition)
     assert [event.attempt for event in view.history] == [0, 1, 1, 2, 2]
     assert [(report.attempt, report.state) for report in view.reports] == [(1, State.ACTIVATED), (2, State.FAILED)]
     assert (view.reports[1].stdout_tail, view.reports[1].stderr_tail, view.reports[1].exit_code) == ("out", "err", 7)
-    assert (view.job.error, view.job.attempt, view.job.owner) == (error, 2, "ann")
+    assert (view.job.error, view.job.attempt, view.job.owner) == (error, 2, "central:ann")
 
 
 async def test_times_are_the_databases_and_in_order(shard: Partition) -> None:
@@ -137,9 +137,9 @@ async def test_filters_hold_together(both: Servers) -> None:
         assert sorted(await listed(*slots, jobset=1)) == sorted(here + there)
         assert await listed(slots[0], jobset=1, state=State.CANCELLED) == here[:1]
         assert await listed(slots[0], jobset=1, state=State.ACTIVATED) == here[1:]
-        assert await listed(slots[0], owner="prod") == other
-        assert await listed(slots[1], owner="prod") == []
-        assert await listed(owner="ann' OR '1'='1") == []
+        assert await listed(slots[0], owner="central:prod") == other
+        assert await listed(slots[1], owner="central:prod") == []
+        assert await listed(owner="central:ann' OR '1'='1") == []
 
 
 async def test_counts_are_those_of_the_jobs_themselves(shard: Partition) -> None:

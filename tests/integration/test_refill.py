@@ -14,7 +14,7 @@ from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
 from shard.hints import ClassKey, Hint
 from shard.refill import Refill
-from tests.partition import Partition, Servers, job, partition
+from tests.partition import PRODUCTION, Partition, Servers, job, partition
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
@@ -245,7 +245,7 @@ async def test_a_push_that_was_lost_is_found_again_by_a_refill(both: Servers) ->
         await _settled(shard)
         await shard.shard.queue._redis.flushdb()
         # This submit is what notices the flush.
-        [identifier] = await shard.submit(job(priority=5000))
+        [identifier] = await shard.submit(job(priority=5000), who=PRODUCTION)
         await _settled(shard)
         assert identifier in await _stored(shard)
         [grant] = await shard.get()

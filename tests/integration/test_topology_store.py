@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from culm import topology_store
-from culm.errors import ClientFault, Conflict
+from culm.errors import ClientFault, Conflict, CulmError
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
 from culm.topology_store import HISTORY, TopologyCache, Who
 
@@ -96,10 +96,10 @@ def test_an_edit_that_skips_an_epoch_or_clashes_with_another_section_is_refused(
             before, epoch=before.epoch + 1, shards={"us1": Shard(link="unix:/x")} | before.shards
         )
 
-    for edit, authority in ((skips, "central"), (clashes, "CERN")):
-        with pytest.raises(ClientFault) as caught:
+    for edit, authority, code in ((skips, "central", "bad_topology"), (clashes, "CERN", "name_taken")):
+        with pytest.raises(CulmError) as caught:
             topology_store.change(folder, authority, edit, WHO)
-        assert caught.value.code == "bad_topology"
+        assert caught.value.code == code
     assert topology_store.load(folder).epochs == {"central": 1, "CERN": 1}
     assert not (folder / topology_store.AUDIT).exists()
 

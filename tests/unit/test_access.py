@@ -35,7 +35,8 @@ ADMIN = Principal(role="admin", subject="root", authority="central")
     ],
 )
 def test_a_pilot_asks_for_its_own_queues_only(who: Principal, queue: str, allowed: bool) -> None:
-    assert access.allows_queue(who, queue) is allowed
+    assert access.allows_queue(who, queue, "central") is allowed
+    assert not access.allows_queue(who, queue, "CERN")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_a_pilot_asks_for_its_own_queues_only(who: Principal, queue: str, allowe
     [(user(), "atlas", True), (user(), "charmm", False), (ADMIN, "charmm", True), (pilot("*"), "atlas", False)],
 )
 def test_reading_stays_inside_a_vo(who: Principal, vo: str, allowed: bool) -> None:
-    assert access.may_read(who, vo) is allowed
+    assert access.may_read(who, vo=vo, owner="central:alice", authority="central") is allowed
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,12 @@ def test_reading_stays_inside_a_vo(who: Principal, vo: str, allowed: bool) -> No
     ],
 )
 def test_who_may_end_a_job_of_alice_in_the_group_higgs(who: Principal, allowed: bool) -> None:
-    assert access.may_end(who, owner="alice", vo="atlas", working_group="higgs") is allowed
+    assert access.may_end(who, owner="central:alice", vo="atlas", working_group="higgs", authority="central") is allowed
 
 
 def test_a_job_without_a_group_has_no_group_manager() -> None:
     manager = user("bob", roles=("manager:",))
-    assert not access.may_end(manager, owner="alice", vo="atlas", working_group="")
+    assert not access.may_end(manager, owner="central:alice", vo="atlas", working_group="", authority="central")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,36 @@ def test_a_job_without_a_group_has_no_group_manager() -> None:
     ],
 )
 def test_the_data_side_is_production_of_the_same_vo(who: Principal, allowed: bool) -> None:
-    assert access.may_speak_for_data(who, "atlas") is allowed
+    assert access.may_speak_for_data(who, vo="atlas", owner="central:alice", authority="central") is allowed
+
+
+# --- authorities ------------------------------------------------------------------------------------------------------
+
+WIDE = ("production", "manager:higgs")
+
+
+@pytest.mark.parametrize(
+    ("who", "owner", "authority", "reads", "ends", "speaks"),
+    [
+        # A namesake at another authority is somebody else.
+        (user("alice"), "CERN:alice", "CERN", True, False, False),
+        (user("alice"), "central:alice", "CERN", True, True, False),
+        # Roles and admins reach as far as their authority: its slots, and its accounts' jobs anywhere.
+        (user("bob", roles=WIDE), "CERN:alice", "CERN", True, False, False),
+        (user("bob", roles=WIDE), "central:alice", "CERN", True, True, True),
+        (user("bob", roles=WIDE), "CERN:alice", "central", True, True, True),
+        (ADMIN, "CERN:alice", "CERN", False, False, False),
+        (ADMIN, "central:alice", "CERN", True, True, True),
+        (ADMIN, "CERN:alice", "central", True, True, True),
+    ],
+)
+def test_rights_end_where_another_authority_begins(
+    who: Principal, owner: str, authority: str, *, reads: bool, ends: bool, speaks: bool
+) -> None:
+    job = {"vo": "atlas", "owner": owner, "authority": authority}
+    assert access.may_read(who, **job) is reads
+    assert access.may_end(who, working_group="higgs", **job) is ends
+    assert access.may_speak_for_data(who, **job) is speaks
 
 
 def test_a_missing_role_is_403_and_names_both() -> None:

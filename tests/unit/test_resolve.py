@@ -73,7 +73,7 @@ def spec(**changes: Any) -> JobSpec:
     ],
 )
 def test_a_pin_beats_what_is_wider(changes: dict[str, str], slot: int) -> None:
-    assert target_slot(topology(), spec(**changes), "key") == slot
+    assert target_slot(topology(), spec(**changes), "key", "central") == slot
 
 
 @pytest.mark.parametrize(
@@ -91,25 +91,25 @@ def test_a_pin_beats_what_is_wider(changes: dict[str, str], slot: int) -> None:
 )
 def test_a_target_that_contradicts_itself_or_is_unknown_is_refused(changes: dict[str, str], code: str) -> None:
     with pytest.raises(ClientFault) as caught:
-        target_slot(topology(), spec(**changes), "key")
+        target_slot(topology(), spec(**changes), "key", "central")
     assert caught.value.code == code
 
 
 def test_a_job_without_a_place_needs_a_default_region() -> None:
     with pytest.raises(ClientFault) as caught:
-        target_slot(topology(default_region=""), spec(), "key")
+        target_slot(topology(default_region=""), spec(), "key", "central")
     assert caught.value.code == "bad_target"
 
 
 @given(st.text(max_size=128))
 def test_a_repeat_of_a_key_goes_where_the_first_went(key: str) -> None:
-    first = target_slot(topology(), spec(site="HOT"), key)
+    first = target_slot(topology(), spec(site="HOT"), key, "central")
     assert first in HOT_SLOTS
-    assert target_slot(topology(), spec(queue="HOT_2"), key) == first
+    assert target_slot(topology(), spec(queue="HOT_2"), key, "central") == first
 
 
 def test_keys_spread_over_the_slots_of_a_hot_site() -> None:
-    hits = [target_slot(topology(), spec(site="HOT"), f"key {n}") for n in range(400)]
+    hits = [target_slot(topology(), spec(site="HOT"), f"key {n}", "central") for n in range(400)]
     assert all(70 <= hits.count(slot) <= 130 for slot in HOT_SLOTS)
 
 
@@ -131,7 +131,7 @@ def test_a_jobset_is_an_id_that_json_can_carry(owner: str, key: str) -> None:
 def test_a_call_is_cut_by_shard_and_slot_and_no_job_is_lost() -> None:
     specs = [spec(site=site, name=str(n)) for n, site in enumerate(["COLD", "FZK", "COLD", "FZK", "COLD"])]
     specs += [spec(region="US", name="5"), spec(region="EU", name="6")]
-    parts = split_by_shard(topology(), specs, "key")
+    parts = split_by_shard(topology(), specs, "key", "central")
     assert [(part.shard, part.n_jobs, part.places) for part in parts] == [
         ("us1", 4, [[0, 2, 4], [5]]),
         ("eu1", 3, [[1, 3], [6]]),
@@ -147,7 +147,7 @@ def test_a_call_is_cut_by_shard_and_slot_and_no_job_is_lost() -> None:
 
 @given(st.lists(st.sampled_from(["COLD", "FZK", "HOT"]), min_size=1, max_size=40), st.text(max_size=8))
 def test_every_place_of_a_call_is_in_exactly_one_part(sites: list[str], key: str) -> None:
-    parts = split_by_shard(topology(), [spec(site=site) for site in sites], key)
+    parts = split_by_shard(topology(), [spec(site=site) for site in sites], key, "central")
     places = [place for part in parts for some in part.places for place in some]
     assert sorted(places) == list(range(len(sites)))
     assert len({part.shard for part in parts}) == len(parts)
@@ -155,7 +155,7 @@ def test_every_place_of_a_call_is_in_exactly_one_part(sites: list[str], key: str
 
 def test_the_first_bad_job_is_named_by_its_place() -> None:
     with pytest.raises(ClientFault) as caught:
-        split_by_shard(topology(), [spec(), spec(site="X"), spec(site="Y")], "key")
+        split_by_shard(topology(), [spec(), spec(site="X"), spec(site="Y")], "key", "central")
     assert (caught.value.code, caught.value.details, caught.value.http_status) == ("unknown_site", {"index": 1}, 404)
     assert caught.value.message.startswith("jobs[1]: ")
 
@@ -174,13 +174,13 @@ def test_the_first_bad_job_is_named_by_its_place() -> None:
     ],
 )
 def test_the_largest_priority_offset_that_applies_wins(changes: dict[str, str], offset: int) -> None:
-    [part] = split_by_shard(topology(), [spec(**changes)], "key")
+    [part] = split_by_shard(topology(), [spec(**changes)], "key", "central")
     assert part.slots[0].offsets == ([offset] if offset else [])
 
 
 def test_offsets_stand_beside_their_jobs() -> None:
     specs = [spec(site="HOT"), spec(site="HOT", working_group="higgs"), spec(site="HOT", working_group="none")]
-    [part] = split_by_shard(topology(), specs, "key")
+    [part] = split_by_shard(topology(), specs, "key", "central")
     assert part.slots[0].offsets == [20, 50, 20]
 
 

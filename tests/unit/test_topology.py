@@ -153,7 +153,8 @@ def test_every_request_finds_its_slot() -> None:
     assert topology.region_of_slot[3] == "US"
     assert topology.region_of_slot[0] == "US"
     assert topology.epochs == {CENTRAL: 5, "CERN": 3}
-    assert topology.default_region == "US"
+    assert topology.default_region("central") == "US"
+    assert topology.default_region("CERN") == ""
     assert topology.authority_of_region("CERN") == "CERN"
     assert topology.authority_of_region("EU") == CENTRAL
 
@@ -179,7 +180,7 @@ def test_half_a_topology_still_works() -> None:
     """When the other authority cannot be reached, CERN resolves its own requests."""
     alone = Topology([cern()])
     assert alone.queue("CERN_1")[0] == "CERN-PROD"
-    assert alone.default_region == ""
+    assert alone.default_region("central") == ""
 
 
 @pytest.mark.parametrize(
