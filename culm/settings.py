@@ -100,7 +100,9 @@ class DatabaseSettings(Settings, frozen=True, kw_only=True):
     write_connections: Annotated[int, Meta(ge=1, le=64)] = 6
     """Connections for submits, heartbeats, reports and the reaper."""
     read_connections: Annotated[int, Meta(ge=1, le=64)] = 2
-    """Connections for reads; they never hold up a write."""
+    """Connections for the shard's own reads: what is refilled, what has expired."""
+    user_connections: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Connections for what people and the monitor read; however slow that is, it holds up nothing else."""
     connect_timeout_s: Seconds = 2.0
     """How long a new connection may take."""
     statement_timeout_s: Seconds = 5.0
@@ -160,8 +162,6 @@ class ShardSettings(Settings, frozen=True, kw_only=True):
 
     name: Text
     """The shard's name in the topology."""
-    process: Annotated[int, Meta(ge=0, le=99)] = 0
-    """Number of this process among those that serve the partition."""
     link: Text
     """Where routers connect: `unix:/path`, `tls:host:port`, or on loopback only `tcp:host:port`."""
     link_tls: TlsSettings | None = None

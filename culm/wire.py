@@ -408,6 +408,8 @@ class ShardSubmit(msgspec.Struct, frozen=True, kw_only=True):
     parts: list[SlotJobs]
     parent_depths: dict[int, int] = {}
     """How deep each parent that is named lies: 0 for a job that has no parent itself."""
+    call_digest: bytes = b""
+    """16 bytes that stand for the whole call, of which this may be a part; empty from a router of before."""
 
 
 class ShardSubmitAnswer(Answer, frozen=True, kw_only=True):

@@ -1,6 +1,10 @@
 """Submit: cut a call by shard, forward the parts at once, say per shard what became of it."""
 
+import hashlib
 from collections.abc import Iterable
+from typing import Final
+
+import msgspec
 
 from culm.errors import CulmError, Moved, Unavailable
 from culm.frames import error_body
@@ -21,6 +25,8 @@ from router.forward import Forward
 from router.policy import check_jobs
 from router.resolve import ShardPart, jobset_of, split_by_shard
 
+_CANONICAL: Final = msgspec.msgpack.Encoder(order="deterministic")
+
 
 async def submit(forward: Forward, principal: Principal, request: SubmitRequest) -> SubmitAnswer:
     """Accept a call: atomic per shard, and its repeat completes what a missing shard left open.
@@ -40,6 +46,7 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
     )
     depths = await _parent_depths(forward, request.jobs)
     jobset = request.jobset or jobset_of(principal.account, request.idempotency_key)
+    digest = hashlib.blake2b(_CANONICAL.encode((jobset, request.jobs)), digest_size=16).digest()
 
     async def attempt(topology: Topology) -> SubmitAnswer:
         parts = split_by_shard(topology, request.jobs, request.idempotency_key, principal.authority)
@@ -52,6 +59,7 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
                     jobset=jobset,
                     parts=part.slots,
                     parent_depths=depths,
+                    call_digest=digest,
                 ),
             )
             for part in parts

@@ -73,6 +73,9 @@ async def job(forward: Forward, principal: Principal, identifier: int) -> JobVie
 async def jobs(forward: Forward, principal: Principal, query: JobsQuery) -> JobsAnswer:
     """A page over all shards that the filters leave, in the order of the id; stable while jobs come and go.
 
+    It may be short while more is to come: a shard looks at a bounded number of rows. What a missing shard has is
+    missing from the walk too.
+
     Raises ClientFault (unknown_site, unknown_region, forbidden).
     """
     access.require_role(principal, "user", "admin")
@@ -83,10 +86,14 @@ async def jobs(forward: Forward, principal: Principal, query: JobsQuery) -> Jobs
     answers = await forward.links.ask_many(calls, "jobs", JobsAnswer, forward.deadline_s)
     missing = [shard for (shard, _), answer in zip(calls, answers, strict=True) if isinstance(answer, CulmError)]
     pages = [answer for answer in answers if not isinstance(answer, CulmError)]
+    # Beyond the smallest `next` some shard has not looked yet.
+    known_to = min((page.next for page in pages if page.next is not None), default=None)
     merged = sorted((row for page in pages for row in page.jobs), key=lambda row: row.id)
-    more = len(merged) > query.limit or any(page.next is not None for page in pages)
-    page = merged[: query.limit]
-    return JobsAnswer(jobs=page, next=page[-1].id if more and page else None, missing_shards=missing)
+    whole = [row for row in merged if known_to is None or row.id <= known_to]
+    if len(whole) > query.limit:
+        whole = whole[: query.limit]
+        known_to = whole[-1].id
+    return JobsAnswer(jobs=whole, next=known_to, missing_shards=missing)
 
 
 def _cancel_calls(

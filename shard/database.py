@@ -23,17 +23,19 @@ from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
-Pool = Literal["claim", "write", "read"]
+Pool = Literal["claim", "write", "read", "user"]
+"""`read` is the shard's own, `user` that of people and the monitor: however slow, they hold up nobody else."""
 Row = tuple[Any, ...]
 T = TypeVar("T")
 
 RETRIED: Final = frozenset({1020, 1205, 1213})
 """Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
 LOST: Final = frozenset(
-    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 1969, 2002, 2003, 2006, 2013, 2014, 2055}
-    | {3024, 4031}
+    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055} | {4031}
 )
 """Server gone, going, read-only or without quorum, or the statement was killed there: reconnect, 503."""
+SLOW: Final = frozenset({1969, 3024})
+"""The server ended a statement that took longer than it may."""
 FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
 """Disk or table full."""
 DUPLICATE: Final = 1062
@@ -46,6 +48,9 @@ _SESSION: Final = (
 )
 _ISOLATION: Final = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
 """A statement of its own: the name of the variable differs between MariaDB 10.11 and MySQL 9."""
+_UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
+RESTART_S: Final = 2.0
+"""Two looks at a server's start differ by less, for it counts whole seconds."""
 
 _IN_USE: Final = Gauge("culm_db_pool_in_use", "Connections in use", ["pool"])
 _RETRIES: Final = Counter("culm_db_retries_total", "Transactions run again", ["errno"])
@@ -69,6 +74,8 @@ class Transaction:
 
     def __init__(self, connection: "aiomysql.Connection", writer: int, statement_timeout_s: float) -> None:
         self.writer = writer
+        self.n_done = 0
+        """Statements that were answered."""
         self._connection = connection
         self._timeout_s = statement_timeout_s
         self._statements = STATEMENTS
@@ -97,38 +104,46 @@ class Transaction:
             return 0
         return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
 
-    async def execute_text(self, sql: str) -> None:
-        """Run SQL that is not in the file of named blocks: migrations only."""
-        await self._run(sql, ())
-
     async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
             text, flat = expand(sql, arguments)
             n_rows = await cursor.execute(text, flat or None)
             rows = list(await cursor.fetchall()) if cursor.description else []
+            self.n_done += 1
             return n_rows, rows
 
 
-class Database:
-    """The pools. `connected_since` is the monotonic time of the last change from unreachable to reachable."""
+class _StaleError(Exception):
+    """A connection that had been idle was dead when it was used: nothing was done, a new one will do."""
 
-    def __init__(self, settings: DatabaseSettings, *, process: int = 0, clock: Clock | None = None) -> None:
+
+class Database:
+    """The pools.
+
+    `connected_since` is the monotonic time since which the server has been there without a break: it was not reachable
+    before, or it has been started anew. A single connection that breaks is no break.
+    """
+
+    def __init__(self, settings: DatabaseSettings, *, clock: Clock | None = None) -> None:
         self.settings = settings
         self.clock: Clock = clock or SystemClock()
         self.connected_since = self.clock.monotonic()
         self.reachable = False
-        first = process * 100
+        self.generation = 0
+        """Of connections; one that was lost makes those of before suspect, and they are made anew."""
+        self._server_began: float | None = None
         n_claim, n_write = settings.claim_connections, settings.write_connections
         self._pools: dict[Pool, _Pool] = {
-            "claim": _Pool(self, "claim", range(first, first + n_claim)),
-            "write": _Pool(self, "write", range(first + n_claim, first + n_claim + n_write)),
+            "claim": _Pool(self, "claim", range(n_claim)),
+            "write": _Pool(self, "write", range(n_claim, n_claim + n_write)),
             "read": _Pool(self, "read", range(settings.read_connections)),
+            "user": _Pool(self, "user", range(settings.user_connections)),
         }
 
     async def run(self, pool: Pool, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run `work` in one transaction and commit; again, from the start, on deadlocks and the like.
 
-        `work` must have no effect but its statements. On the `read` pool every statement stands for itself.
+        `work` must have no effect but its statements. On the reading pools every statement stands for itself.
 
         Raises:
             Unavailable: database_down, database_slow, database_busy, storage_full; after a commit that was cut off
@@ -144,6 +159,9 @@ class Database:
                     return await work(transaction)
             except ChangedUnderfootError:
                 _RETRIES.labels("changed").inc()
+            except _StaleError:
+                _RETRIES.labels("stale").inc()
+                continue
             except MySQLError as error:
                 number = _errno(error)
                 if number not in RETRIED:
@@ -159,15 +177,19 @@ class Database:
         for pool in self._pools.values():
             pool.close()
 
-    def mark(self, *, reachable: bool) -> None:
-        """Keep `reachable` and `connected_since`."""
+    def mark(self, *, reachable: bool, uptime_s: float | None = None) -> None:
+        """Keep `reachable` and `connected_since`; `uptime_s` is what a new connection was told by its server."""
+        now = self.clock.monotonic()
         if reachable and not self.reachable:
-            self.connected_since = self.clock.monotonic()
+            self.connected_since = now
         self.reachable = reachable
+        if uptime_s is not None:
+            began = now - uptime_s
+            if self._server_began is not None and began > self._server_began + RESTART_S:
+                self.connected_since = now
+            self._server_began = began if self._server_began is None else max(began, self._server_began)
 
     def _mapped(self, error: MySQLError) -> CulmError | DuplicateKeyError:
-        if _errno(error) in LOST:
-            self.mark(reachable=False)
         return _mapped(error)
 
 
@@ -177,7 +199,7 @@ class _Pool:
     def __init__(self, database: Database, name: Pool, writers: Sequence[int]) -> None:
         self.database = database
         self.name: Pool = name
-        self._free: deque[tuple[int, aiomysql.Connection | None]] = deque((writer, None) for writer in writers)
+        self._free: deque[tuple[int, aiomysql.Connection | None, int]] = deque((writer, None, 0) for writer in writers)
         self._slots = asyncio.Semaphore(len(writers))
         self._gauge = _IN_USE.labels(name)
 
@@ -190,30 +212,44 @@ class _Pool:
         except TimeoutError:
             raise Unavailable("database_busy", f"no {self.name} connection became free in time") from None
         # The most recently used one first: idle ones stay idle.
-        writer, connection = self._free.pop()
-        keep = False
+        writer, connection, generation = self._free.pop()
+        keep, used = False, True
+        transaction: Transaction | None = None
         self._gauge.inc()
         try:
+            if connection is not None and generation != self.database.generation:
+                connection.close()
             if connection is None or connection.closed:
+                generation, used = self.database.generation, False
                 connection = await self._connect()
-            yield Transaction(connection, writer, settings.statement_timeout_s)
+            transaction = Transaction(connection, writer, settings.statement_timeout_s)
+            yield transaction
             async with asyncio.timeout(settings.statement_timeout_s):
                 await connection.commit()
             keep = True
         except TimeoutError:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
         except (OSError, EOFError):
-            self.database.mark(reachable=False)
+            self._lost(transaction, used=used)
             raise _broken() from None
         except (CulmError, ChangedUnderfootError, MySQLError) as error:
+            if isinstance(error, MySQLError) and _errno(error) in LOST:
+                self._lost(transaction, used=used)
             keep = await self._rolled_back(connection, error)
             raise
         finally:
             if not keep and connection is not None:
                 connection.close()
-            self._free.append((writer, connection if keep else None))
+            self._free.append((writer, connection if keep else None, generation))
             self._gauge.dec()
             self._slots.release()
+
+    def _lost(self, transaction: Transaction | None, *, used: bool) -> None:
+        """Note a connection that is gone. Raises _StaleError if it was gone before it was used: nothing was done."""
+        self.database.generation += 1
+        if used and transaction is not None and transaction.n_done == 0:
+            raise _StaleError from None
+        self.database.mark(reachable=False)
 
     async def _rolled_back(self, connection: "aiomysql.Connection | None", error: BaseException) -> bool:
         if connection is None or (isinstance(error, MySQLError) and _errno(error) in LOST):
@@ -227,23 +263,35 @@ class _Pool:
 
     async def _connect(self) -> "aiomysql.Connection":
         try:
-            connection = await connect(self.database.settings, autocommit=self.name == "read")
+            connection = await connect(
+                self.database.settings, autocommit=self.name in ("read", "user"), limited=self.name == "user"
+            )
         except CulmError:
             self.database.mark(reachable=False)
             raise
-        self.database.mark(reachable=True)
+        try:
+            async with asyncio.timeout(self.database.settings.connect_timeout_s), connection.cursor() as cursor:
+                await cursor.execute(_UPTIME)
+                uptime = await cursor.fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        self.database.mark(reachable=True, uptime_s=float(uptime[1]))
         return connection
 
     def close(self) -> None:
-        for _, connection in self._free:
+        for _, connection, _ in self._free:
             if connection is not None:
                 connection.close()
 
 
 async def connect(
-    settings: DatabaseSettings, *, autocommit: bool, database: str | None = None
+    settings: DatabaseSettings, *, autocommit: bool, database: str | None = None, limited: bool = False
 ) -> "aiomysql.Connection":
-    """One connection with our session variables. Raises Unavailable(database_down). Safe to retry: yes."""
+    """One connection with our session variables; the server itself ends the slow statements of a `limited` one.
+
+    Raises Unavailable(database_down). Safe to retry: yes.
+    """
     password = _password(settings)
     try:
         async with asyncio.timeout(settings.connect_timeout_s):
@@ -262,6 +310,8 @@ async def connect(
             )
             try:
                 await connection.query(_ISOLATION)
+                if limited:
+                    await connection.query(_limit(connection.get_server_info(), settings.statement_timeout_s))
             except BaseException:
                 connection.close()
                 raise
@@ -269,6 +319,13 @@ async def connect(
     except (MySQLError, OSError, TimeoutError) as error:
         told = str(error) or type(error).__name__
         raise Unavailable("database_down", f"the partition's database is not reachable: {told}") from None
+
+
+def _limit(server: str, limit_s: float) -> str:
+    """MariaDB takes seconds, MySQL milliseconds, each under a name of its own."""
+    if "MariaDB" in server:
+        return f"SET SESSION max_statement_time = {limit_s:.3f}"
+    return f"SET SESSION max_execution_time = {max(1, int(limit_s * 1000))}"
 
 
 @contextlib.contextmanager
@@ -292,6 +349,8 @@ def _mapped(error: MySQLError) -> CulmError | DuplicateKeyError:
         return DuplicateKeyError()
     if number in LOST:
         return Unavailable("database_down", "the partition's database does not answer")
+    if number in SLOW:
+        return Unavailable("database_slow", "the partition's database did not answer in time")
     if number in FULL:
         full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
         full.http_status = 507
@@ -305,7 +364,13 @@ def _broken() -> Unavailable:
 
 
 def _password(settings: DatabaseSettings) -> str:
-    return Path(settings.password_file).read_text(encoding="utf-8").strip() if settings.password_file else ""
+    if not settings.password_file:
+        return ""
+    try:
+        return Path(settings.password_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        told = f"password_file {settings.password_file} cannot be read: {error}"
+        raise Unavailable("database_down", told) from None
 
 
 def _errno(error: BaseException) -> int:

@@ -117,12 +117,15 @@ class Intake:
 
         The parts of one call are stored together, but slots move: a repeat may bring one that another shard missed.
         """
-        slots = tuple(part.at.slot for part in call.parts)
-        rows = await tx.fetch("find_submissions", call.principal.account, call.key, slots)
+        rows = await tx.fetch("find_submissions", call.principal.account, call.key)
         digests = {row[0]: row[1] for row in rows}
-        if any(digests.get(part.at.slot, b"") not in (b"", _digest(call, part)) for part in call.parts):
+        # Of the whole call, whichever slots it went to; of the part where either side is of before.
+        if any(row[4] and call.call_digest not in (b"", row[4]) for row in rows) or any(
+            digests.get(part.at.slot, b"") not in (b"", _digest(call, part)) for part in call.parts
+        ):
             raise Conflict("key_reused", "this idempotency key was used for other jobs")
-        return {row[0]: row[2] for row in rows}
+        wanted = {part.at.slot for part in call.parts}
+        return {row[0]: row[2] for row in rows if row[0] in wanted}
 
     async def _insert(
         self, tx: Transaction, call: ShardSubmit, numbered: Sequence[tuple[SlotJobs, int]]
@@ -141,7 +144,8 @@ class Intake:
             serial += len(jobs)
             await self._insert_classes(tx, slot, jobs)
             await _insert_jobs(tx, call, slot, jobs)
-            submissions.append((slot, owner, call.key, _digest(call, part), first_id, len(jobs)))
+            digests = (_digest(call, part), call.call_digest or None)
+            submissions.append((slot, owner, call.key, digests[0], first_id, len(jobs), digests[1]))
             made += jobs
         await tx.execute_rows("insert_submissions", sorted(submissions, key=lambda row: row[0]))
         await add_to_tallies(tx, Counter((job.key.slot, job.state) for job in made), Counter({owner: len(made)}))

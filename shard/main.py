@@ -42,7 +42,7 @@ class Shard:
     def __init__(self, settings: ShardSettings) -> None:
         self.settings = settings
         self.topology = TopologyCache(settings.topology_dir, settings.authority)
-        self.database = Database(settings.database, process=settings.process)
+        self.database = Database(settings.database)
         self.classes = ClassRegistry()
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
         self.ownership = Ownership(settings.name, self.database, self._fresh_topology)

@@ -6,7 +6,7 @@ import msgspec
 
 from culm import access
 from culm.errors import ClientFault
-from culm.ids import slot_of
+from culm.ids import MAX_JOB_ID, id_range, slot_of
 from culm.states import Event, State
 from culm.topology import Topology, authority_of_slot, slot_block
 from culm.wire import (
@@ -30,6 +30,10 @@ from shard.database import Database, Row
 _SPEC: Final = msgspec.msgpack.Decoder(JobSpec)
 _REPORT: Final = msgspec.msgpack.Decoder(ReportRequest)
 _MICROSECONDS: Final = 1_000_000
+MAX_EXAMINED: Final = 5000
+"""Rows that one list may look at in a shard."""
+MAX_RANGES: Final = 8
+"""Slots that are looked at one by one; more are one range."""
 MAX_EVENTS: Final = 1000
 MAX_REPORTS: Final = 50
 """The newest of each: a job may have been given back many times, and the answer must fit into a frame."""
@@ -37,15 +41,15 @@ MAX_REPORTS: Final = 50
 
 async def read_job(database: Database, topology: Topology, call: ShardJob) -> JobView:
     """One job with its history. Raises ClientFault(unknown_job), also for what the caller may not see; Unavailable."""
-    rows = await database.run("read", lambda tx: tx.fetch("read_job", call.id))
+    rows = await database.run("user", lambda tx: tx.fetch("read_job", (call.id,)))
     if not rows or not access.may_read(
         call.principal, vo=rows[0][6], owner=rows[0][5], authority=authority_of_slot(rows[0][1])
     ):
         raise ClientFault("unknown_job", f"job {call.id} is not known", http_status=404)
-    spec = await database.run("read", lambda tx: tx.fetch("read_spec", call.id))
-    events = await database.run("read", lambda tx: tx.fetch("read_events", call.id, MAX_EVENTS))
-    reports = await database.run("read", lambda tx: tx.fetch("read_reports", call.id, MAX_REPORTS))
-    n_reports = await database.run("read", lambda tx: tx.fetch("count_reports", call.id))
+    spec = await database.run("user", lambda tx: tx.fetch("read_spec", call.id))
+    events = await database.run("user", lambda tx: tx.fetch("read_events", call.id, MAX_EVENTS))
+    reports = await database.run("user", lambda tx: tx.fetch("read_reports", call.id, MAX_REPORTS))
+    n_reports = await database.run("user", lambda tx: tx.fetch("count_reports", call.id))
     return JobView(
         job=_job_row(rows[0], topology),
         spec=_SPEC.decode(spec[0][0]) if spec else JobSpec(),
@@ -58,31 +62,70 @@ async def read_job(database: Database, topology: Topology, call: ShardJob) -> Jo
 
 
 async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> JobsAnswer:
-    """A page of jobs by id; only what the caller may see. Raises ClientFault(forbidden), Unavailable."""
+    """A page of jobs by id; only what the caller may see.
+
+    However many jobs the filters leave out, `MAX_EXAMINED` rows are looked at: the page may be short, or empty, and
+    `next` says where to go on. Raises ClientFault(forbidden), Unavailable.
+    """
     access.require_role(call.principal, "user", "admin")
     query = call.query
+    found: list[int] = []
+    following: int | None = None
+    for index, key, first, last in _ranges(call):
+        stop = await _fetch(database, f"stop_by_{index}", *key, first, last, MAX_EXAMINED - 1)
+        until = stop[0][0] if stop else last
+        wanted = query.limit + 1 - len(found)
+        found += [
+            row[0] for row in await _fetch(database, f"list_by_{index}", *key, first, until, *_filters(call), wanted)
+        ]
+        if len(found) > query.limit:
+            found.pop()
+            following = found[-1]
+            break
+        if stop:
+            following = until
+            break
+    rows = await _fetch(database, "read_job", tuple(found)) if found else []
+    return JobsAnswer(jobs=[_job_row(row, topology) for row in rows], next=following)
+
+
+async def _fetch(database: Database, name: str, *arguments: object) -> list[Row]:
+    return await database.run("user", lambda tx: tx.fetch(name, *arguments))
+
+
+def _ranges(call: ShardJobs) -> list[tuple[str, tuple[object, ...], int, int]]:
+    """The index to go by, its key, and the ids to look at, in their order."""
+    query = call.query
+    first, last = query.after + 1, MAX_JOB_ID
+    if query.jobset is not None:
+        return [("jobset", (query.jobset,), first, last)]
+    if query.owner:
+        return [("owner", (query.owner,), first, last)]
+    ranges = [id_range(slot) for slot in sorted(call.slots)] or [(first, last)]
+    if len(ranges) > MAX_RANGES:
+        ranges = [(ranges[0][0], ranges[-1][1])]
+    return [("id", (), max(first, low), high) for low, high in ranges if high >= first]
+
+
+def _filters(call: ShardJobs) -> tuple[object, ...]:
+    """The arguments of every list: a switch before each value."""
+    query, who = call.query, call.principal
+    state, jobset = query.state or "", query.jobset
+    of_slots = (int(bool(call.slots)), tuple(call.slots) or (0,))
     # The rule of access.may_read: no list shows what a read of the one would refuse.
-    who = call.principal
     is_user = int(who.role == "user")
-    of_user = (is_user, who.vo)
     of_admin = (1 - is_user, *slot_block(who.authority), f"{who.authority}:%")
-    state = query.state or ""
-    slots = tuple(call.slots) or (0,)
-    filters = (int(bool(call.slots)), slots, state, state, query.owner, query.owner)
-    of_jobset = (int(query.jobset is not None), query.jobset or 0, *of_user, *of_admin)
-    rows = await database.run(
-        "read", lambda tx: tx.fetch("list_jobs", query.after, *filters, *of_jobset, query.limit + 1)
-    )
-    page = rows[: query.limit]
-    return JobsAnswer(
-        jobs=[_job_row(row, topology) for row in page], next=page[-1][0] if len(rows) > query.limit else None
+    return (
+        *of_slots,
+        *(state, state, query.owner, query.owner, int(jobset is not None), jobset or 0),
+        *(is_user, who.vo, *of_admin),
     )
 
 
 async def read_counts(database: Database, shard: str) -> ShardCountsAnswer:
     """Jobs by slot and state, as the tallies have it. Raises Unavailable."""
-    rows = await database.run("read", lambda tx: tx.fetch("counts"))
-    now = await database.run("read", lambda tx: tx.fetch("database_time"))
+    rows = await database.run("user", lambda tx: tx.fetch("counts"))
+    now = await database.run("user", lambda tx: tx.fetch("database_time"))
     counts = [SlotCount(slot=row[0], state=State(row[1]), n_jobs=int(row[2])) for row in rows if row[2]]
     return ShardCountsAnswer(shard=shard, at=now[0][0] / _MICROSECONDS, counts=counts)
 

@@ -22,6 +22,8 @@ from shard.ownership import Ownership
 from shard.transitions import Change, Job, apply, lock_jobs, lock_slots, lost
 
 BATCH: Final = 200
+MAX_EXAMINED: Final = 5000
+"""Rows that one look for old jobs goes through."""
 ACTOR: Final = "reaper"
 CONTENDED: Final = "contended"
 
@@ -63,6 +65,8 @@ class Reaper:
         self._notices = notices
         self._clock: Clock = clock or SystemClock()
         self._started = self._clock.monotonic()
+        self._looked_at: dict[int, int] = {}
+        """By slot, the last id up to which old jobs without inputs were looked for."""
 
     @property
     def waits(self) -> bool:
@@ -120,8 +124,19 @@ class Reaper:
         rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
         states = tuple(sorted(UNREADY))
         for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0} & opened.keys():
-            of_unready = (slot, states, *id_range(slot), self._timeouts.unready_s, BATCH)
-            n_closed += await self._close(SlotRef(slot, opened[slot]), "old_unready", of_unready)
+            n_closed += await self._close_unready(SlotRef(slot, opened[slot]), states)
+        return n_closed
+
+    async def _close_unready(self, at: SlotRef, states: tuple[State, ...]) -> int:
+        """One stretch of a slot's ids, the next one at the next turn: no index holds the state, it changes too often."""
+        first, last = id_range(at.slot)
+        first = max(first, self._looked_at.get(at.slot, 0) + 1)
+        stop = await self._database.run("read", lambda tx: tx.fetch("stop_by_id", first, last, MAX_EXAMINED - 1))
+        until = stop[0][0] if stop else last
+        n_closed = await self._close(at, "old_unready", (first, until, states, self._timeouts.unready_s, BATCH))
+        if n_closed < BATCH:
+            # At the end it begins anew.
+            self._looked_at[at.slot] = until if stop else 0
         return n_closed
 
     async def _close(self, at: SlotRef, statement: str, arguments: tuple[object, ...]) -> int:

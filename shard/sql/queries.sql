@@ -28,11 +28,12 @@ UPDATE slot_sequence SET next_seq = next_seq + %s WHERE slot = %s
 -- ---- submit
 
 -- name: find_submissions
-SELECT slot, digest, first_id, n FROM submission WHERE owner = %s AND idem_key = %s AND slot IN %s
+SELECT slot, digest, first_id, n, call_digest FROM submission FORCE INDEX (submissions_of_owner)
+WHERE owner = %s AND idem_key = %s
 
 -- name: insert_submissions
-INSERT INTO submission (slot, owner, idem_key, digest, first_id, n, at)
-VALUES {, |(%s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))}
+INSERT INTO submission (slot, owner, idem_key, digest, first_id, n, call_digest, at)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))}
 
 -- name: owner_active_jobs
 SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
@@ -156,7 +157,7 @@ SELECT id FROM (SELECT id, queued_at FROM ready WHERE id BETWEEN %s AND %s ORDER
 WHERE queued_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND)
 
 -- name: old_unready
-SELECT id FROM job WHERE slot = %s AND state IN %s AND id BETWEEN %s AND %s
+SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
 
 -- name: jobs_of_jobset
@@ -169,7 +170,7 @@ SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, 
     parent_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at),
     TIMESTAMPDIFF(MICROSECOND, '1970-01-01', modified_at), pilot, host, cancel_requested,
     error_plane, error_code, error_text
-FROM job WHERE id = %s
+FROM job WHERE id IN %s ORDER BY id
 
 -- name: read_depths
 SELECT id, depth FROM job WHERE id IN %s
@@ -188,15 +189,33 @@ ORDER BY attempt DESC LIMIT %s
 -- name: count_reports
 SELECT COUNT(*) FROM report WHERE id = %s
 
--- The filters are switched by their own argument, so that one text serves every combination.
--- name: list_jobs
-SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, attempt, max_attempts, jobset,
-    parent_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at),
-    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', modified_at), pilot, host, cancel_requested,
-    error_plane, error_code, error_text
-FROM job
-WHERE id > %s AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
-    AND (%s = 0 OR jobset = %s)
+-- A page of a list, by the index that the query names best: first the id of the last row that may be looked at, then
+-- the ids that the other filters leave up to there. Each filter is switched by its own argument.
+-- name: stop_by_id
+SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
+
+-- name: list_by_id
+SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY id LIMIT %s
+
+-- name: stop_by_owner
+SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
+
+-- name: list_by_owner
+SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY id LIMIT %s
+
+-- name: stop_by_jobset
+SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
+ORDER BY id LIMIT 1 OFFSET %s
+
+-- name: list_by_jobset
+SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
     AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 

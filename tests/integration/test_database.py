@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
+from culm.clock import SystemClock
 from culm.errors import Bug, Conflict, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from culm.states import FINAL
@@ -23,6 +24,7 @@ from shard.database import (
     ChangedUnderfootError,
     Database,
     DuplicateKeyError,
+    Pool,
     Transaction,
     connect,
 )
@@ -38,6 +40,16 @@ T = TypeVar("T")
 
 DEADLINE_S = 30.0
 SLOT = 5
+POOLS: tuple[Pool, ...] = ("claim", "write", "read", "user")
+
+
+class Hands(SystemClock):
+    """The system's clock, and what it is put forward by."""
+
+    moved_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.moved_s
 
 
 @pytest.fixture
@@ -82,6 +94,7 @@ def _raising(number: int) -> str:
     [
         *((number, "database_down", 503) for number in (1040, 1047, 1053, 1290, 1317, 1836, 2013)),
         *((number, "storage_full", 507) for number in (1021, 1114)),
+        *((number, "database_slow", 503) for number in (1969, 3024)),
         (1054, "internal", 500),
         (1146, "internal", 500),
     ],
@@ -89,7 +102,7 @@ def _raising(number: int) -> str:
 async def test_every_error_of_the_server_has_its_code(database: Database, number: int, code: str, status: int) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx.execute_text(_raising(number))
+        await tx._run(_raising(number), ())
 
     with pytest.raises(CulmError) as told:
         await database.run("write", work)
@@ -101,7 +114,7 @@ async def test_every_error_of_the_server_has_its_code(database: Database, number
 async def test_a_unique_key_is_told_apart_and_nothing_is_changed(database: Database) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx.execute_text("INSERT INTO slot_sequence (slot, next_seq) VALUES (1, 1), (1, 1)")
+        await tx._run("INSERT INTO slot_sequence (slot, next_seq) VALUES (1, 1), (1, 1)", ())
 
     with pytest.raises(DuplicateKeyError):
         await database.run("write", work)
@@ -117,7 +130,7 @@ async def test_what_the_server_rolled_back_is_run_again_a_bounded_number_of_time
     async def work(tx: Transaction) -> None:
         nonlocal tries
         tries += 1
-        await tx.execute_text(_raising(number))
+        await tx._run(_raising(number), ())
 
     with pytest.raises(Unavailable) as told:
         await database.run("write", work)
@@ -210,7 +223,7 @@ async def test_a_full_pool_is_busy_and_free_again(database: Database) -> None:
 async def test_cancelled_transactions_change_nothing_and_use_up_no_connection(database: Database) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx.execute_text(SLEEP)
+        await tx._run(SLEEP, ())
 
     for _ in range(6):
         task = asyncio.create_task(database.run("write", work))
@@ -248,7 +261,7 @@ async def _kill_sleeping(database: Database) -> None:
 async def test_a_statement_that_takes_too_long_is_cut_off(settings: DatabaseSettings) -> None:
     database = Database(msgspec.structs.replace(settings, statement_timeout_s=0.1, write_connections=1))
     with pytest.raises(Unavailable) as told:
-        await database.run("write", lambda tx: tx.execute_text(SLEEP))
+        await database.run("write", lambda tx: tx._run(SLEEP, ()))
     assert told.value.code == "database_slow"
     # Its connection is not used again: this would read the other's answer.
     assert await database.run("write", _insert) == 1
@@ -274,8 +287,8 @@ async def test_a_commit_that_was_cut_off_is_a_503_and_the_next_one_works(databas
 
 async def test_each_open_transaction_is_a_writer_of_its_own(settings: DatabaseSettings) -> None:
     wide = msgspec.structs.replace(settings, write_connections=6, claim_connections=3)
-    databases = [Database(wide, process=process) for process in (0, 1)]
-    met = asyncio.Barrier(18)
+    database = Database(wide)
+    met = asyncio.Barrier(9)
 
     async def writer(tx: Transaction) -> int:
         await met.wait()
@@ -283,12 +296,10 @@ async def test_each_open_transaction_is_a_writer_of_its_own(settings: DatabaseSe
 
     async with asyncio.timeout(DEADLINE_S):
         writers = await asyncio.gather(
-            *(one.run("write", writer) for one in databases for _ in range(6)),
-            *(one.run("claim", writer) for one in databases for _ in range(3)),
+            *(database.run("write", writer) for _ in range(6)), *(database.run("claim", writer) for _ in range(3))
         )
-    assert len(set(writers)) == 18
-    for one in databases:
-        await one.close()
+    assert len(set(writers)) == 9
+    await database.close()
 
 
 async def test_a_server_that_was_never_there(settings: DatabaseSettings) -> None:
@@ -434,3 +445,39 @@ async def test_with_the_server_gone_every_verb_is_a_503(own: servers.Server, val
 
         await eventually(reported, DEADLINE_S)
         assert len(await shard.get()) == 1
+
+
+# --- idle connections -------------------------------------------------------------------------------------------------
+
+
+async def test_a_restart_costs_no_request_and_is_noticed(settings: DatabaseSettings) -> None:
+    clock = Hands()
+    with servers.database(innodb.find(servers.cache())) as own:
+        mine = msgspec.structs.replace(settings, socket=str(own.socket))
+        await migrate(mine)
+        database = Database(mine, clock=clock)
+        for pool in POOLS:
+            await database.run(pool, lambda tx: tx.fetch("read_slots"))
+        began = database.connected_since
+        # Longer than the seconds that a server counts its life in.
+        clock.moved_s = 10.0
+        await asyncio.to_thread(own.stop)
+        await asyncio.to_thread(own.start)
+        for pool in POOLS:
+            await database.run(pool, lambda tx: tx.fetch("read_slots"))
+        assert database.reachable
+        assert database.connected_since > began
+        await database.close()
+
+
+async def test_one_idle_connection_that_is_gone_is_replaced_and_no_reason_for_grace(database: Database) -> None:
+    for pool in POOLS:
+        [(number,)] = (await database.run(pool, lambda tx: tx._run("SELECT CONNECTION_ID()", ())))[1]
+        began = database.connected_since
+        killer = await connect(database.settings, autocommit=True)
+        async with killer.cursor() as cursor:
+            await cursor.execute(f"KILL {number}")
+        killer.close()
+        await database.run(pool, lambda tx: tx.fetch("read_slots"))
+        assert database.connected_since == began
+        assert database.reachable

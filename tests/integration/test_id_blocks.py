@@ -51,7 +51,7 @@ async def test_many_at_once_get_ranges_that_do_not_meet(shard: Partition) -> Non
 
 async def test_two_processes_of_one_partition_never_give_one_number(shard: Partition) -> None:
     slot = shard.slot().slot
-    other = Database(shard.settings.database, process=1)
+    other = Database(shard.settings.database)
     both = [IdBlocks(shard.shard.database), IdBlocks(other)]
     firsts = await asyncio.gather(*(both[n % 2].take(slot, 300) for n in range(20)))
     numbers = {first + n for first in firsts for n in range(300)}

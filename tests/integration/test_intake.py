@@ -217,3 +217,24 @@ async def test_two_calls_with_new_classes_in_unlike_order_both_end_well(shard: P
     answers = await asyncio.gather(*(shard.submit(*(specs if n % 2 else specs[::-1])) for n in range(8)))
     assert len({identifier for ids in answers for identifier in ids}) == 64
     assert await shard.rows("SELECT COUNT(*) FROM requirement_class") == [(8,)]
+
+
+async def test_a_key_that_is_used_for_jobs_of_another_slot_is_noticed(both: Servers) -> None:
+    async with partition(both, "BNL", "AGLT2") as shard:
+
+        async def call(key: str, digest: bytes, site: str) -> int:
+            part = SlotJobs(at=shard.slot(site), specs=[job(site=site)])
+            message = ShardSubmit(principal=USER, key=key, jobset=7, parts=[part], call_digest=digest)
+            return (await shard.ask("submit", message, ShardSubmitAnswer)).first_ids[0]
+
+        first = await call("k", b"a" * 16, "BNL")
+        with pytest.raises(Conflict) as caught:
+            await call("k", b"b" * 16, "AGLT2")
+        assert caught.value.code == "key_reused"
+        assert await call("k", b"a" * 16, "BNL") == first
+        # A part of the same call that another try has not brought yet.
+        assert await call("k", b"a" * 16, "AGLT2") > 0
+        # From a router of before, or stored by a shard of before: compared by the part.
+        assert await call("k", b"", "BNL") == first
+        old = await call("old", b"", "BNL")
+        assert await call("old", b"c" * 16, "BNL") == old

@@ -164,7 +164,7 @@ async def test_owners_of_before_become_accounts_of_the_authority_of_their_slots(
     )
     for text in (
         f"INSERT INTO job VALUES {rows}",
-        "INSERT INTO submission VALUES (3, 'ann', 'k', REPEAT('x', 16), 1, 1, UTC_TIMESTAMP(6))",
+        "INSERT INTO submission VALUES (3, 'ann', 'k', REPEAT('x', 16), 1, 1, UTC_TIMESTAMP(6), NULL)",
         f"INSERT INTO slot (slot, state, epoch, changed_at) VALUES ({cern}, 'open', 1, UTC_TIMESTAMP(6))",
         "INSERT INTO owner_tally VALUES ('ann', 1, 2)",
         # As a shard of before left it, or one that was cut off in the middle: bob is done already.

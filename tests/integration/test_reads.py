@@ -6,7 +6,7 @@ import itertools
 import msgspec
 import pytest
 
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Unavailable
 from culm.states import Event, State
 from culm.wire import (
     InputFile,
@@ -23,6 +23,7 @@ from culm.wire import (
 )
 from culm.wire import ShardJob as ReadJob
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
+from tests.waiting import eventually
 
 NO_VO = Principal(role="user", subject="eve", authority="central")
 CMS = Principal(role="user", subject="eve", authority="central", vo="cms")
@@ -180,3 +181,58 @@ async def test_a_verb_that_is_none(shard: Partition) -> None:
     with pytest.raises(ClientFault) as told:
         await shard.link.call("frobnicate", b"", 5.0)
     assert (told.value.code, told.value.http_status) == ("unknown_verb", 404)
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+async def _walk(shard: Partition, who: Principal = ADMIN, **query: object) -> tuple[list[int], int]:
+    """All ids of a list, and in how many pages they came."""
+    found: list[int] = []
+    after, n_pages = 0, 0
+    while True:
+        page = await shard.jobs(who, after=after, **query)
+        found += [row.id for row in page.jobs]
+        n_pages += 1
+        if page.next is None:
+            return found, n_pages
+        assert page.next > after
+        after = page.next
+
+
+@pytest.mark.parametrize("query", [{}, {"owner": "central:ann"}, {"jobset": 7}], ids=str)
+async def test_a_list_looks_at_a_bounded_number_of_rows_and_says_where_to_go_on(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, query: dict[str, object]
+) -> None:
+    monkeypatch.setattr("shard.reads.MAX_EXAMINED", 10)
+    ids = await shard.submit(*[job()] * 45)
+    await shard.cancel(ids[3], ids[44])
+    assert await _walk(shard, **query) == (ids, 5)
+    assert await _walk(shard, state=State.CANCELLED, **query) == ([ids[3], ids[44]], 5)
+    assert await _walk(shard, state=State.FAILED, **query) == ([], 5)
+    assert await _walk(shard, limit=7, **query) == (ids, 7)
+    assert await _walk(shard, USER, limit=1000, **query) == (ids, 5)
+
+
+async def test_slow_reads_of_people_hold_up_nobody_else(both: Servers) -> None:
+    async with partition(both) as shard:
+        taken = [asyncio.create_task(_occupy(shard)) for _ in range(shard.settings.database.user_connections)]
+        await eventually(shard.shard.database._pools["user"]._slots.locked, 10.0, what="both are taken")
+        asked = asyncio.create_task(shard.jobs())
+        async with asyncio.timeout(1.0):
+            [identifier] = await shard.submit(job())
+            [grant] = await shard.get()
+            await shard.report(grant)
+        assert grant.id == identifier
+        with pytest.raises(Unavailable) as caught:
+            await asked
+        assert caught.value.code == "database_busy"
+        for one in await asyncio.gather(*taken, return_exceptions=True):
+            # The server ends what takes too long, which is said as that and not as a lost database.
+            assert isinstance(one, Unavailable)
+            assert one.code == "database_slow"
+        assert (await shard.jobs()).jobs[0].id == identifier
+
+
+async def _occupy(shard: Partition) -> None:
+    await shard.shard.database.run("user", lambda tx: tx._run("SELECT SLEEP(30) FROM slot", ()))
