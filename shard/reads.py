@@ -71,13 +71,11 @@ async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> 
     query = call.query
     found: list[int] = []
     following: int | None = None
-    for index, key, first, last in _ranges(call):
-        stop = await _fetch(database, f"stop_by_{index}", *key, first, last, MAX_EXAMINED - 1)
+    for (find_stop, find_ids), key, first, last in _ranges(call):
+        stop = await _fetch(database, find_stop, *key, first, last, MAX_EXAMINED - 1)
         until = stop[0][0] if stop else last
         wanted = query.limit + 1 - len(found)
-        found += [
-            row[0] for row in await _fetch(database, f"list_by_{index}", *key, first, until, *_filters(call), wanted)
-        ]
+        found += [row[0] for row in await _fetch(database, find_ids, *key, first, until, *_filters(call), wanted)]
         if len(found) > query.limit:
             found.pop()
             following = found[-1]
@@ -93,18 +91,18 @@ async def _fetch(database: Database, name: str, *arguments: object) -> list[Row]
     return await database.run("user", lambda tx: tx.fetch(name, *arguments))
 
 
-def _ranges(call: ShardJobs) -> list[tuple[str, tuple[object, ...], int, int]]:
-    """The index to go by, its key, and the ids to look at, in their order."""
+def _ranges(call: ShardJobs) -> list[tuple[tuple[str, str], tuple[object, ...], int, int]]:
+    """The statements of the index to go by, its key, and the ids to look at, in their order."""
     query = call.query
     first, last = query.after + 1, MAX_JOB_ID
     if query.jobset is not None:
-        return [("jobset", (query.jobset,), first, last)]
+        return [(("stop_by_jobset", "list_by_jobset"), (query.jobset,), first, last)]
     if query.owner:
-        return [("owner", (query.owner,), first, last)]
+        return [(("stop_by_owner", "list_by_owner"), (query.owner,), first, last)]
     ranges = [id_range(slot) for slot in sorted(call.slots)] or [(first, last)]
     if len(ranges) > MAX_RANGES:
         ranges = [(ranges[0][0], ranges[-1][1])]
-    return [("id", (), max(first, low), high) for low, high in ranges if high >= first]
+    return [(("stop_by_id", "list_by_id"), (), max(first, low), high) for low, high in ranges if high >= first]
 
 
 def _filters(call: ShardJobs) -> tuple[object, ...]:
