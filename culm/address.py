@@ -36,7 +36,7 @@ def parse(text: str) -> Address:
     host, _, port = rest.rpartition(":")
     if kind not in {"tcp", "tls"} or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ClientFault("bad_address", f"{text!r} is not unix:/path, tls:host:port or tcp:host:port")
-    if kind == "tcp" and not _is_loopback(host):
+    if kind == "tcp" and not is_loopback(host):
         raise ClientFault("plain_tcp_refused", f"{text}: plain TCP is for loopback only; between machines use tls:")
     return Address("tcp" if kind == "tcp" else "tls", host=host.strip("[]"), port=int(port))
 
@@ -91,7 +91,8 @@ def _answers(path: str) -> bool:
         return True
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside of this machine reaches a host; a name other than localhost counts as reachable."""
     if host == "localhost":
         return True
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import ssl
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -42,18 +43,23 @@ class Client:
         url: e.g. http://127.0.0.1:25080
         token: without "Bearer".
         patience_s: how long a retryable error is tried again; 0 for a single try.
+        connections: at most so many at once.
+        ca_file: PEM of the certificate authority of an https URL; "" for the system's.
     """
 
-    def __init__(self, url: str, token: str, *, patience_s: float = 30.0, connections: int = 100) -> None:
+    def __init__(
+        self, url: str, token: str, *, patience_s: float = 30.0, connections: int = 100, ca_file: str = ""
+    ) -> None:
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"}
         self._patience_s = patience_s
         self._connections = connections
+        self._tls = ssl.create_default_context(cafile=ca_file) if ca_file else True
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Client":
         self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(limit=self._connections)
+            headers=self._headers, connector=aiohttp.TCPConnector(limit=self._connections, ssl=self._tls)
         )
         return self
 

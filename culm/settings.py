@@ -37,6 +37,15 @@ class TlsSettings(Settings, frozen=True, kw_only=True):
     """PEM of its private key."""
 
 
+class HttpsSettings(Settings, frozen=True, kw_only=True):
+    """What a listening HTTP address shows; files that are renewed are read again within a minute."""
+
+    cert_file: Text
+    """PEM of the certificate, with what leads up to its authority."""
+    key_file: Text
+    """PEM of its private key."""
+
+
 class RouterSettings(Settings, frozen=True, kw_only=True):
     """The router: stateless, several worker processes on one port."""
 
@@ -46,6 +55,10 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     """The address to listen on."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 25080
     """The port to listen on."""
+    https: HttpsSettings | None = None
+    """Serve HTTPS (TLS 1.2 or newer) with this certificate; without it plain HTTP, on loopback only."""
+    behind_tls_front: bool = False
+    """Plain HTTP outside of loopback is allowed: a front before it speaks TLS with the clients."""
     workers: Annotated[int, Meta(ge=1, le=64)] = 2
     """Worker processes that share the port."""
     topology_dir: Text
@@ -197,6 +210,10 @@ class MonitorSettings(Settings, frozen=True, kw_only=True):
     """The address to listen on."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 25081
     """The port to listen on."""
+    https: HttpsSettings | None = None
+    """Serve HTTPS (TLS 1.2 or newer) with this certificate; without it plain HTTP, on loopback only."""
+    behind_tls_front: bool = False
+    """Plain HTTP outside of loopback is allowed: a front before it speaks TLS with the clients."""
     topology_dir: Text
     """The folder of the topology's sections, one file per authority."""
     trusted_keys_dir: Text

@@ -5,11 +5,14 @@ Prometheus's, with the names of `docs/` and labels of few values: a histogram is
 """
 
 import logging
+import os
 import sys
 from typing import Final
 
 import msgspec
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+from culm.metrics_folder import VARIABLE
 
 _ENCODER: Final = msgspec.json.Encoder()
 _BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -19,7 +22,7 @@ LOOP_RUNS: Final = Counter("culm_loop_runs_total", "Turns of a background loop",
 REQUESTS: Final = Histogram(
     "culm_request_seconds", "Time of a request by verb and outcome", ["verb", "outcome"], buckets=_BUCKETS
 )
-BUILD: Final = Gauge("culm_build_info", "Version and process", ["version", "process"])
+BUILD: Final = Gauge("culm_build_info", "Version and process", ["version", "process"], multiprocess_mode="livemax")
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -53,5 +56,17 @@ def configure_logging(process: str, level: str) -> None:
 
 
 def exposition(registry: CollectorRegistry = REGISTRY) -> bytes:
-    """All metrics in Prometheus's text format. Slow with many series: call it in a thread."""
+    """All metrics in Prometheus's text format. Slow with many series: call it in a thread.
+
+    Of a worker: the sum over all workers, those that have ended too.
+    """
+    if VARIABLE in os.environ:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
+
+
+def worker_ended(pid: int) -> None:
+    """Its gauges count no more; its counters stay."""
+    if VARIABLE in os.environ:
+        multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from culm import access, clock, service
 from culm.errors import Conflict, CulmError
+from culm.https import POLL_S, Https
 from culm.link import LinkOptions
 from culm.settings import MonitorSettings
 from culm.shard_links import ShardLinks
@@ -42,14 +43,16 @@ class Monitor:
     async def serve(self, stop: asyncio.Event) -> None:
         """Serve until `stop`."""
         settings, loops = self._settings, service.Loops()
+        https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
         await self._follow()
         loops.every(settings.topology_poll_s, "topology", self._follow)
+        loops.every(POLL_S, "certificate", https.poll)
         loops.every(KEYS_POLL_S, "keys", self._verifier.poll)
         runner = web.AppRunner(self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()
         try:
             try:
-                await web.TCPSite(runner, settings.host, settings.port).start()
+                await web.TCPSite(runner, settings.host, settings.port, ssl_context=https.context).start()
             except OSError as error:
                 where = f"{settings.host}:{settings.port}"
                 raise Conflict("port_busy", f"cannot listen at {where}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -47,13 +48,15 @@ class Router:
     Args:
         url: e.g. http://127.0.0.1:25080
         token: the token now, without "Bearer"; asked at every call, for a site renews it. It may raise OSError.
+        ca_file: PEM of the certificate authority of an https URL; "" for the system's. May raise OSError.
     """
 
-    def __init__(self, url: str, token: Callable[[], str]) -> None:
+    def __init__(self, url: str, token: Callable[[], str], ca_file: str = "") -> None:
         self._url = url.rstrip("/")
         self._token = token
         # A redirect would take the token to wherever it points.
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        context = ssl.create_default_context(cafile=ca_file or None)
+        self._open = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=context)).open
 
     def call(
         self, verb: str, message: dict[str, Any], patience_s: float, timeout_s: float = TIMEOUT_S

@@ -24,6 +24,7 @@ def main(arguments: "list[str] | None" = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _token(options.token_file)
+        router = Router(options.server, lambda: _token(options.token_file), options.ca)
     except (OSError, ValueError) as error:
         return _end(USAGE, error)
     try:
@@ -35,7 +36,7 @@ def main(arguments: "list[str] | None" = None) -> int:
     stop = Stop()
     stop.listen()
     processes.adopt_orphans()
-    return Agent(plan, Router(options.server, lambda: _token(options.token_file)), stop).run()
+    return Agent(plan, router, stop).run()
 
 
 def _plan(options: argparse.Namespace, work: Path) -> Plan:
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--server", required=True, type=_url, help="the router's URL")
     add("--queue", required=True, help="the computing queue to ask for")
     add("--token-file", required=True, type=Path, help="a file with the pilot's token; read again at every call")
+    add("--ca", default="", help="PEM of the certificate authority of an https URL (default: the system's)")
     add("--name", default=f"{socket.gethostname()}-{os.getpid()}"[-128:], help="the pilot's name (default: HOST-PID)")
     add("--work-dir", type=Path, default=Path("culm-pilot"), help="where payloads run (default ./culm-pilot)")
     add("--wait", type=_wait, default=20.0, help="long poll, seconds, 0 to 60 (default 20)")

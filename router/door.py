@@ -3,18 +3,30 @@
 import asyncio
 import select
 import socket
+import ssl
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
-from culm.errors import Unavailable
+from culm.errors import Conflict, Unavailable
 from culm.frames import error_body
 
 BACKLOG: Final = 4096
 LINGER_S: Final = 1.0
 """How long a refused client may take to read why."""
 RETRY_AFTER_S: Final = 1.0
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises Conflict(port_busy) if anybody listens there: the workers' sockets would share the port with him."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise Conflict("port_busy", f"cannot listen at {host}:{port}: {error.strerror}") from None
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -26,7 +38,9 @@ def bound(host: str, port: int) -> socket.socket:
     return shared
 
 
-async def listen(runner: web.AppRunner, at: socket.socket, max_connections: int) -> asyncio.Server:
+async def listen(
+    runner: web.AppRunner, at: socket.socket, max_connections: int, tls: ssl.SSLContext | None = None
+) -> asyncio.Server:
     """Serve a runner that is set up; who comes when `max_connections` are open gets 503 and is shown out."""
     server = runner.server
     if server is None:
@@ -35,7 +49,7 @@ async def listen(runner: web.AppRunner, at: socket.socket, max_connections: int)
     def next_protocol() -> asyncio.BaseProtocol:
         return server() if len(server.connections) < max_connections else _Refusal()
 
-    return await asyncio.get_running_loop().create_server(next_protocol, sock=at, backlog=BACKLOG)
+    return await asyncio.get_running_loop().create_server(next_protocol, sock=at, backlog=BACKLOG, ssl=tls)
 
 
 def has_hung_up(transport: asyncio.BaseTransport | None) -> bool:
@@ -64,7 +78,8 @@ class _Refusal(asyncio.Protocol):
         if self._transport is not None and not self._answered:
             self._answered = True
             self._transport.write(_ANSWER)
-            self._transport.write_eof()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
 
     def connection_lost(self, _exc: Exception | None) -> None:
         if self._timer is not None:

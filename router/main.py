@@ -13,6 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from culm import service, telemetry
+from culm.https import POLL_S, Https
 from culm.link import LinkOptions
 from culm.settings import RouterSettings
 from culm.shard_links import ShardLinks
@@ -34,6 +35,8 @@ log = logging.getLogger("router.main")
 
 def run(settings: RouterSettings) -> None:
     """Run the router until SIGTERM or SIGINT: `workers` processes, each restarted when it dies."""
+    # Told here, and not by workers that die one after the other.
+    Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
     if settings.workers == 1:
         _work(settings)
         return
@@ -87,6 +90,7 @@ class _Parent:
         except ChildProcessError:
             return
         self._pids.discard(pid)
+        telemetry.worker_ended(pid)
         if not self._stopping:
             log.warning("worker %d ended with status %d, starting another", pid, os.waitstatus_to_exitcode(status))
             time.sleep(RESTART_PAUSE_S)
@@ -123,6 +127,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     links = ShardLinks(lambda: topology.current, options)
     verifier = Verifier(settings.trusted_keys_dir)
     front = Front(settings, Forward(topology, links, settings.forward_deadline_s), verifier)
+    https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
     loops = service.Loops()
 
     async def follow() -> None:
@@ -135,6 +140,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     await follow()
     loops.every(settings.topology_poll_s, "topology", follow)
     loops.every(KEYS_POLL_S, "keys", verifier.poll)
+    loops.every(POLL_S, "certificate", https.poll)
     loops.every(settings.peer_poll_s, "peers", Peers(settings).poll)
     # handler_cancellation: a pilot that hangs up while it waits must not be given a job.
     runner = web.AppRunner(
@@ -142,7 +148,8 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     )
     await runner.setup()
     try:
-        server = await door.listen(runner, door.bound(settings.host, settings.port), settings.max_connections)
+        at = door.bound(settings.host, settings.port)
+        server = await door.listen(runner, at, settings.max_connections, https.context)
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()
         server.close()

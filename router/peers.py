@@ -27,7 +27,12 @@ DEADLINE_S: Final = 2.0
 MAX_ANSWER_BYTES: Final = 64 << 20
 """A section of 10,000 sites has about 10 MB."""
 
-_HEARD: Final = Gauge("culm_peer_heard_seconds", "When a peer last told its section, unix time", ["authority"])
+_HEARD: Final = Gauge(
+    "culm_peer_heard_seconds",
+    "When a peer last told its section, unix time",
+    ["authority"],
+    multiprocess_mode="livemax",
+)
 
 log = logging.getLogger("router.peers")
 

@@ -128,7 +128,7 @@ class Reaper:
         return n_closed
 
     async def _close_unready(self, at: SlotRef, states: tuple[State, ...]) -> int:
-        """One stretch of a slot's ids; the next one at the next turn. No index holds the state: it changes too often."""
+        """One stretch of a slot's ids; the next one at the next turn. No index has the state: it changes too often."""
         first, last = id_range(at.slot)
         first = max(first, self._looked_at.get(at.slot, 0) + 1)
         stop = await self._database.run("read", lambda tx: tx.fetch("stop_by_id", first, last, MAX_EXAMINED - 1))

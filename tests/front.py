@@ -13,6 +13,7 @@ from aiohttp import web
 from yarl import URL
 
 from culm.client import Client
+from culm.https import Https
 from culm.link import LinkOptions
 from culm.settings import RouterSettings
 from culm.shard_links import ShardLinks
@@ -126,10 +127,12 @@ async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[Runni
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     await links.refresh()
-    server = await door.listen(runner, door.bound(options.host, port), options.max_connections)
+    https = Https(options.https, options.host, behind_tls_front=options.behind_tls_front)
+    server = await door.listen(runner, door.bound(options.host, port), options.max_connections, https.context)
     try:
         await eventually(lambda: all(link.connected for link in links._links.values()), CONNECT_S, what="linked")
-        yield RunningFront(f"http://127.0.0.1:{port}", ring, forward, folder, verifier)
+        url = f"http://127.0.0.1:{port}" if https.context is None else f"https://localhost:{port}"
+        yield RunningFront(url, ring, forward, folder, verifier)
     finally:
         server.close()
         await runner.cleanup()

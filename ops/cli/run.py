@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from culm import settings
+from culm import metrics_folder, settings
 from ops.cli.lazy import LazyGroup, Place
 
 _CONFIG = click.option(
@@ -26,9 +26,19 @@ def router_run(config: Path) -> None:
     Examples:
       culm router run --config router.toml
     """
-    from router.main import run  # noqa: PLC0415  # a process imports its own service only
+    options = settings.load(config, settings.RouterSettings, prefix="CULM_ROUTER_")
+    from router.door import require_free  # noqa: PLC0415  # a process imports its own service only
 
-    run(settings.load(config, settings.RouterSettings, prefix="CULM_ROUTER_"))
+    # Before anything is touched that belongs to whoever has the port.
+    require_free(options.host, options.port)
+    if options.workers > 1:
+        metrics_folder.prepare(options.port)
+    from router.main import run  # noqa: PLC0415  # after `prepare`: it defines metrics
+
+    try:
+        run(options)
+    finally:
+        metrics_folder.remove()
 
 
 @click.group(

@@ -2,13 +2,19 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from pathlib import Path
 
+import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster import CULM, ROOT
+from culm.registry_wire import TopologyAnswer
+from tests.cluster import CULM, ROOT, Cluster
+from tests.traffic import ADMIN
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.system
 LOCKS = ("requirements.lock", "requirements-test.lock")
@@ -70,3 +76,42 @@ def test_only_tests_that_run_need_their_packages(words: tuple[str, ...], install
     )
     assert ("installing requirements-test.lock" in done.stderr) is installs
     assert done.stdout.splitlines()[-1] == " ".join(("-P -m ops", *words))
+
+
+def test_a_second_router_at_a_port_is_refused_and_shares_nothing(running: Cluster) -> None:
+    """The workers of one share their port by SO_REUSEPORT: another one would get half of the requests."""
+    config = running.layout.configs / "router.toml"
+    done = subprocess.run(
+        [CULM, "router", "run", "--config", str(config)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, "port_busy" in done.stderr) == (5, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_metrics_are_the_sum_over_all_workers_of_a_router(running: Cluster) -> None:
+    admin = {"Authorization": f"Bearer {running.token(ADMIN)}"}
+
+    async def counted() -> float:
+        # A new connection each time: the kernel gives it to any worker.
+        url = f"{running.layout.router_url}/metrics"
+        async with aiohttp.ClientSession(headers=admin) as session, session.get(url) as answer:
+            assert answer.status == 200, await answer.text()
+            text = await answer.text()
+        families = text_string_to_metric_families(text)
+        samples = [sample for family in families for sample in family.samples]
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == "culm_request_seconds_count" and sample.labels["verb"] == "topology"
+        )
+
+    before = await counted()
+    for _ in range(20):
+        async with running.client(ADMIN) as client:
+            await client.get("topology", {}, TopologyAnswer)
+    assert [await counted() for _ in range(6)] == [before + 20] * 6
+    # A worker that dies takes nothing back.
+    workers = running.workers()
+    os.kill(workers[0], signal.SIGKILL)
+    await eventually(lambda: len(set(running.workers()) - {workers[0]}) == len(workers), 30.0, what="another works")
+    assert await counted() == before + 20
