@@ -297,6 +297,8 @@ class JobRow(Answer, frozen=True, kw_only=True):
     host: str
     cancel_requested: bool
     error: JobError | None = None
+    lost: int = 0
+    """Attempts that are used up; the others were given back. `max_attempts` bounds this one."""
 
 
 class JobEvent(Answer, frozen=True, kw_only=True):

@@ -24,6 +24,9 @@ from pilot import processes
 JOURNAL = "journal.json"
 LOCK = "lock"
 GATE = "gate"
+GATE_S = 20.0
+"""It is held for milliseconds; a holder that was stopped must not stop all others of its host for ever."""
+GATE_POLL_S = 0.02
 QUESTION_S = 86_400.0
 """After so long the lease that an answer might have given has ended everywhere."""
 _ATTEMPT = re.compile(r"\d+\.\d+")
@@ -138,10 +141,32 @@ def _make(work: Path, name: str, record: dict[str, Any]) -> Entry:
 
 @contextmanager
 def _gate(work: Path) -> Iterator[None]:
-    """One pilot at a time makes folders or takes them over: between making one and locking it, it looks dead."""
-    with (work / GATE).open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One pilot at a time makes folders or takes them over: between making one and locking it, it looks dead.
+
+    Raises TimeoutError after `GATE_S`: who holds it is stopped, or his disk hangs; an OSError like any other here.
+    """
+    with (work / GATE).open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + GATE_S
+        while not _try_lock(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read(20).strip() or "unknown"
+                raise TimeoutError(
+                    f"{work / GATE} has been held for {GATE_S:.0f} s by process {holder}, which may be stopped"
+                )
+            time.sleep(GATE_POLL_S)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
+
+
+def _try_lock(file: "IO[str]") -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _lock(folder: Path) -> "IO[str] | None":
@@ -150,9 +175,7 @@ def _lock(folder: Path) -> "IO[str] | None":
         file = (folder / LOCK).open("r+", encoding="utf-8")
     except OSError:
         return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _try_lock(file):
         file.close()
         return None
     return file

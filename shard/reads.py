@@ -160,6 +160,7 @@ def _job_row(row: Row, topology: Topology) -> JobRow:
         host=row[17],
         cancel_requested=bool(row[18]),
         error=JobError(plane=row[19], code=row[20], text=row[21] or "") if row[19] is not None else None,
+        lost=row[22],
     )
 
 

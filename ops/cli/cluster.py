@@ -80,7 +80,7 @@ def down(folder: Path, region: str | None) -> None:
       culm down --dir /data/second
       culm down --region CERN
     """
-    stopped = [home.authority for home in homes_at(folder, None, region) if control.down(home.folder)]
+    stopped = control.down(homes_at(folder, None, region))
     click.echo(f"stopped {', '.join(stopped)}" if stopped else f"nothing runs in {folder}", err=True)
 
 

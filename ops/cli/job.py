@@ -129,6 +129,8 @@ def show(folder: Path, authority: str, output: str, job_id: int) -> None:
         return
     out = console()
     out.print(_table([view.job]))
+    if view.events_left_out or view.reports_left_out:
+        out.print(f"not shown: {view.events_left_out} older events, {view.reports_left_out} older reports")
     table = Table("n", "event", "from", "to", "attempt", "by", "detail")
     for event in view.history:
         source = event.source.value if event.source else ""
@@ -190,10 +192,8 @@ def _require_all_ended(answer: CancelAnswer, jobset: int | None) -> None:
 
 
 def _table(rows: list[JobRow]) -> Table:
-    table = Table("id", "state", "site", "queue", "owner", "priority", "attempt", "host")
+    table = Table("id", "state", "site", "queue", "owner", "priority", "attempt", "lost", "host")
     for row in rows:
-        attempt = f"{row.attempt}/{row.max_attempts}"
-        table.add_row(
-            str(row.id), row.state.value, row.site, row.queue, row.owner, str(row.priority), attempt, row.host
-        )
+        numbers = (str(row.priority), str(row.attempt), f"{row.lost} of {row.max_attempts}")
+        table.add_row(str(row.id), row.state.value, row.site, row.queue, row.owner, *numbers, row.host)
     return table

@@ -154,15 +154,19 @@ def is_leaving(folder: Path) -> bool:
     return told is None or not told.alive or told.phase in ENDING
 
 
-def down(folder: Path) -> bool:
-    """Stop what `up` started and nothing else; whether anything ran. Raises CulmError(still_running)."""
-    told = status(folder)
-    if told is None or not told.alive:
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(told.pid, signal.SIGTERM)
-    _wait_end(told)
-    return True
+def down(homes: Sequence[Layout]) -> list[str]:
+    """Stop what `up` started in these homes and nothing else; the authorities of those that ran.
+
+    All are told at once: an `up` that comes meanwhile must not take the last of them for one that stays.
+    Raises CulmError(still_running). Safe to retry: yes.
+    """
+    running = {home.authority: told for home in homes if (told := status(home.folder)) is not None and told.alive}
+    for told in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(told.pid, signal.SIGTERM)
+    for told in running.values():
+        _wait_end(told)
+    return list(running)
 
 
 def _runs_already(layout: Layout) -> bool:

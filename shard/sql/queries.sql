@@ -169,7 +169,7 @@ SELECT id FROM job WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMI
 SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, attempt, max_attempts, jobset,
     parent_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at),
     TIMESTAMPDIFF(MICROSECOND, '1970-01-01', modified_at), pilot, host, cancel_requested,
-    error_plane, error_code, error_text
+    error_plane, error_code, error_text, lost
 FROM job WHERE id IN %s ORDER BY id
 
 -- name: read_depths

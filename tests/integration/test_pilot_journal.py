@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from pilot import journal, processes
+from tests.cluster import ROOT
 from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.integration
@@ -320,3 +322,23 @@ def test_pilots_that_come_and_go_at_once_never_take_a_live_ones_folder(work: Pat
             process.kill()
             process.wait()
     assert _names(work) == []
+
+
+def test_a_holder_of_the_gate_that_is_stopped_is_named_and_waited_for_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys, time; from pathlib import Path; from pilot import journal\n"
+    code += "with journal._gate(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            holder.send_signal(signal.SIGSTOP)
+            monkeypatch.setattr(journal, "GATE_S", 0.2)
+            with pytest.raises(TimeoutError, match=f"process {holder.pid}, which may be stopped"):
+                journal.question(tmp_path, "q")
+        finally:
+            holder.kill()
+    # The kernel gives the lock of a dead one back.
+    journal.question(tmp_path, "q").close()
