@@ -5,6 +5,7 @@ import io
 import ssl
 from types import TracebackType
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -20,13 +21,16 @@ from culm.wire import (
     GetJobRequest,
     HeartbeatAnswer,
     HeartbeatRequest,
+    JobRow,
     JobsAnswer,
     JobsQuery,
     JobView,
     ReportAnswer,
     ReportRequest,
+    SiteWhyAnswer,
     SubmitAnswer,
     SubmitRequest,
+    WhyAnswer,
 )
 
 TIMEOUT_S: Final = 15.0
@@ -96,6 +100,26 @@ class Client:
     async def jobs(self, query: JobsQuery) -> JobsAnswer:
         """GET /v1/jobs."""
         return await self.get("jobs", msgspec.to_builtins(query), JobsAnswer)
+
+    async def why(self, identifier: int) -> WhyAnswer:
+        """Why a job is not running, or what it does."""
+        return await self.get(f"why/{identifier}", {}, WhyAnswer)
+
+    async def site_why(self, site: str) -> SiteWhyAnswer:
+        """What the pilots of a site ask for, get, and are refused for."""
+        return await self.get(f"site_why/{quote(site, safe='')}", {}, SiteWhyAnswer)
+
+    async def all_jobs(self, query: JobsQuery) -> tuple[list[JobRow], list[str]]:
+        """Every page of a list, and the shards that were missing from any."""
+        rows: list[JobRow] = []
+        missing: set[str] = set()
+        while True:
+            page = await self.jobs(query)
+            rows += page.jobs
+            missing.update(page.missing_shards)
+            if page.next is None:
+                return rows, sorted(missing)
+            query = msgspec.structs.replace(query, after=page.next)
 
     async def counts(self) -> CountsAnswer:
         """GET /v1/counts, of a monitor."""

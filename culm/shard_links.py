@@ -1,7 +1,7 @@
 """The links to all shards, kept in step with the topology."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
@@ -74,6 +74,10 @@ class ShardLinks:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             # A CulmError, so that whoever asks many shards loses this one's answer only.
             raise Bug(f"shard {shard} answered {verb} with what is no {answer.__name__}: {error}") from None
+
+    def any_connected(self, shards: Iterable[str]) -> bool:
+        """Whether at least one of these can be asked now."""
+        return any(shard in self._links and self._links[shard].connected for shard in shards)
 
     async def who_answers(self, where: str, timeout_s: float) -> str:
         """The name of the shard at an address that need not be in the topology; "" if none answers in time."""

@@ -361,6 +361,78 @@ class JobsAnswer(Answer, frozen=True, kw_only=True):
     missing_shards: list[str] = []
 
 
+ReasonCode = Literal[
+    "ready_to_run", "behind_others", "no_pilot_asked", "no_queue_there", "queue_offline", "queue_in_test",
+    "wrong_label", "wrong_vo", "wrong_queue", "wrong_pilot_type", "too_few_cores", "too_little_memory_mb",
+    "too_little_disk_mb", "too_little_walltime_s", "no_matching_release", "no_matching_platform",
+    "inputs_missing", "sent", "running", "outputs_pending", "cancel_requested", "attempts_used_up", "failed",
+    "finished", "cancelled", "closed", "shard_down", "region_cut_off",
+]  # fmt: skip
+"""Why a job is where it is; the refusals among them are those of `culm.matching`."""
+
+
+class Reason(Answer, frozen=True, kw_only=True):
+    """One true reason, as a code, a sentence, and its figures."""
+
+    code: ReasonCode
+    text: str
+    queue: str = ""
+    """The computing queue that it holds for; "" for all."""
+    needed: str = ""
+    offered: str = ""
+    """Of a refusal: what the job needs, what is offered there."""
+    n_ahead: int | None = None
+    """Of `behind_others`: ready jobs that rank before it, counted to 10,000."""
+    rate_per_s: float | None = None
+    """Of `behind_others`: jobs of its slot that were dispatched in the last minutes."""
+    since: float | None = None
+    """Since when, or when last, seconds since the epoch; None: never, or not known."""
+
+
+class WhyAnswer(Answer, frozen=True, kw_only=True):
+    """Why a job is not running, or what it does. The first reason is the nearest to it."""
+
+    id: int
+    state: State | None
+    """None where the shard of the job cannot be asked."""
+    reasons: list[Reason]
+
+
+class Refused(Answer, frozen=True, kw_only=True):
+    """Ready jobs that a computing queue's pilots cannot take."""
+
+    code: ReasonCode
+    needed: str
+    offered: str
+    n_classes: int
+    """Different requirements that are refused for this reason."""
+    example: int
+    """A job of those."""
+
+
+class QueueWhy(Answer, frozen=True, kw_only=True):
+    """What the pilots of a computing queue ask for, get, and are refused for; counts are of the last minutes."""
+
+    queue: str
+    status: str
+    reason: str
+    last_asked_at: float | None
+    n_pilots: int
+    n_asked: int
+    n_given: int
+    refused: list[Refused]
+    """Empty where no pilot asked lately: then nothing was refused."""
+
+
+class SiteWhyAnswer(Answer, frozen=True, kw_only=True):
+    """Per computing queue of a site; shards that gave no answer are named."""
+
+    site: str
+    window_s: float
+    queues: list[QueueWhy]
+    missing_shards: list[str] = []
+
+
 # --- router to shard ------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +543,13 @@ class ShardJob(msgspec.Struct, frozen=True, kw_only=True):
     at: SlotRef
     principal: Principal
     id: int
+
+
+class ShardSiteWhy(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the pilots of a site get nothing, or little."""
+
+    principal: Principal
+    site: str
 
 
 class ShardJobs(msgspec.Struct, frozen=True, kw_only=True):

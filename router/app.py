@@ -24,7 +24,7 @@ from culm.wire import (
     ReportRequest,
     SubmitRequest,
 )
-from router import dialects, door, peers, pilots, registry, users
+from router import dialects, door, peers, pilots, registry, users, why
 from router.forward import Forward
 from router.submit import submit
 
@@ -60,6 +60,8 @@ class Front:
                 web.post("/v1/get_job", self._get_job),
                 self._get("job", "/v1/job/{id}", self._job),
                 self._get("jobs", "/v1/jobs", self._jobs),
+                self._get("why", "/v1/why/{id}", self._why),
+                self._get("site_why", "/v1/site_why/{site}", self._site_why),
                 self._get("topology", "/v1/topology", self._topology),
                 self._get("authority", "/v1/authority", self._authority),
             ]
@@ -93,10 +95,13 @@ class Front:
         return list({topology.place(slot_of(grant.id)).shard for grant in answer.jobs})
 
     async def _job(self, principal: Principal, request: web.Request) -> msgspec.Struct:
-        text = request.match_info["id"]
-        if not text.isdecimal() or len(text) > 19:
-            raise ClientFault("bad_job_id", f"{text[:40]!r} is not a job id")
-        return await users.job(self._forward, principal, int(text))
+        return await users.job(self._forward, principal, _job_id(request))
+
+    async def _why(self, principal: Principal, request: web.Request) -> msgspec.Struct:
+        return await why.why(self._forward, self._home.authority, principal, _job_id(request))
+
+    async def _site_why(self, principal: Principal, request: web.Request) -> msgspec.Struct:
+        return await why.site_why(self._forward, principal, request.match_info["site"])
 
     async def _jobs(self, principal: Principal, request: web.Request) -> msgspec.Struct:
         return await users.jobs(self._forward, principal, dialects.query(request, JobsQuery))
@@ -129,6 +134,13 @@ class Front:
 
     def _principal(self, request: web.Request) -> Principal:
         return self._verifier.verify(request.headers.get("Authorization"))
+
+
+def _job_id(request: web.Request) -> int:
+    text = request.match_info["id"]
+    if not text.isdecimal() or len(text) > 19:
+        raise ClientFault("bad_job_id", f"{text[:40]!r} is not a job id")
+    return int(text)
 
 
 def _refuse(request: web.Request, error: CulmError) -> web.Response:

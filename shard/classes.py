@@ -56,6 +56,10 @@ class ClassRegistry:
         """Whether the class was learned."""
         return key.class_id in self._known[key.slot]
 
+    def needs(self, key: ClassKey) -> Requirements | None:
+        """What the jobs of a class need; None of a class that is not known here."""
+        return self._known[key.slot].get(key.class_id)
+
     def require_room(self, slot: int, owner: str, class_ids: Collection[int], limits: tuple[int, int]) -> None:
         """Refuse a submit that would make too many classes active: every get_job of the slot pays for each.
 

@@ -21,6 +21,7 @@ from culm.errors import ClientFault, CulmError, Moved, Unavailable
 from culm.matching import Offer
 from culm.settings import ShardSettings
 from culm.wire import GetJobAnswer, ShardGetJob
+from shard.askers import Askers
 from shard.claim import Claimed, Seat, claim, groups_of, identity
 from shard.classes import ClassRegistry
 from shard.database import Database, DuplicateKeyError
@@ -102,6 +103,7 @@ class DispatchParts:
     classes: ClassRegistry
     ownership: Ownership
     refill: Refill
+    askers: Askers
 
 
 class Dispatcher:
@@ -156,6 +158,7 @@ class Dispatcher:
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
         await self._parts.ownership.require(call.slots)
+        self._parts.askers.asked(call.offer, call.pilot.id)
         key = identity(call)
         if key in self._returning:
             # Its first try is being given back: to find the leases of that one now would be to lose them at once.
@@ -338,6 +341,7 @@ class Dispatcher:
                 self._fail(request, seat.refusal)
             elif seat.grants:
                 _DISPATCHED.inc(len(seat.taken))
+                self._parts.askers.given(seat.call.offer.queue, (key.slot for key in seat.taken))
                 full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
                 request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))

@@ -11,6 +11,7 @@ from culm.link import LinkServer
 from culm.settings import ShardSettings
 from culm.topology import Topology
 from culm.topology_store import TopologyCache
+from shard.askers import Askers
 from shard.classes import ClassRegistry
 from shard.database import Database
 from shard.dispatch import Dispatcher, DispatchParts
@@ -23,8 +24,10 @@ from shard.ownership import Ownership
 from shard.reaper import Reaper
 from shard.refill import Refill
 from shard.verbs import UseCases, Verbs
+from shard.why import Why
 
 START_PAUSE_S = 0.2
+ASKERS_SAVE_S = 5.0
 SLOW_TURNS = 60
 """Old jobs are looked for once in so many turns of the reaper."""
 
@@ -49,12 +52,20 @@ class Shard:
         self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch)
         notices = Notices(self._announce, self._withdraw)
         self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
-        parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill)
+        self.askers = Askers(self.database)
+        parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
         self.intake = Intake(self.database, self.classes, self.ownership, settings.dispatch, self._announce)
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
+        why = Why(self.database, self.classes, self.askers)
         cases = UseCases(
-            settings.name, self.database, lambda: self.topology.current, self.intake, self.dispatcher, self.lifecycle
+            settings.name,
+            self.database,
+            lambda: self.topology.current,
+            self.intake,
+            self.dispatcher,
+            self.lifecycle,
+            why,
         )
         self.verbs = Verbs(cases)
         self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)
@@ -86,6 +97,7 @@ class Shard:
                 await migrate(self.settings.database)
                 await self.ownership.adopt()
                 await self.refill.load()
+                await self.askers.load()
             except CulmError as error:
                 if not error.retryable:
                     raise
@@ -102,6 +114,7 @@ class Shard:
         self._loops.every(self.settings.topology_poll_s, "ownership", self.ownership.adopt)
         self._loops.every(0.01, "refill", self.refill.turn)
         self._loops.every(dispatch.sweep_interval_s, "sweep", self._sweep)
+        self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
 

@@ -21,6 +21,7 @@ from culm.wire import (
     ShardRelease,
     ShardReleaseAnswer,
     ShardReport,
+    ShardSiteWhy,
     ShardSubmit,
 )
 from shard import reads
@@ -28,6 +29,7 @@ from shard.database import Database
 from shard.dispatch import Dispatcher
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
+from shard.why import Why
 
 M = TypeVar("M", bound=msgspec.Struct)
 
@@ -45,6 +47,7 @@ class UseCases:
     intake: Intake
     dispatcher: Dispatcher
     lifecycle: Lifecycle
+    why: Why
 
 
 class Verbs:
@@ -62,6 +65,8 @@ class Verbs:
             "release": _entry(ShardRelease, self._release),
             "job": _entry(ShardJob, lambda call: reads.read_job(database, topology(), call)),
             "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
+            "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
+            "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
             "counts": _entry(ShardCounts, lambda _: reads.read_counts(database, cases.name)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
         }

@@ -1,23 +1,29 @@
-"""`culm job submit|list|show|kill`."""
+"""`culm job submit|list|show|why|history|watch|kill|retry`."""
 
 import asyncio
 import secrets
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
 from rich.table import Table
 
-from culm.errors import ClientFault
-from culm.states import State
+from culm.client import Client
+from culm.errors import ClientFault, Unavailable
+from culm.states import FINAL, State
 from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
+from ops.cli import exits
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
+
+WATCH_S: Final = 1.0
 
 
 @click.group()
 def job() -> None:
-    """Jobs: submit, list, show, kill."""
+    """Jobs: submit, list, show, why, history, watch, kill, retry."""
 
 
 @job.command(context_settings={"ignore_unknown_options": True})
@@ -145,6 +151,165 @@ def show(folder: Path, authority: str, output: str, job_id: int) -> None:
         for name, text in (("stdout", report.stdout_tail), ("stderr", report.stderr_tail)):
             if text:
                 out.print(f"  {name}:\n{text.rstrip()}")
+
+
+@job.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.argument("job_id", type=int)
+def why(folder: Path, authority: str, output: str, job_id: int) -> None:
+    """Say why a job is not running, or what it does: the code that dispatches explains.
+
+    \b
+    Examples:
+      culm job why 1
+      culm job why 1 -o json
+    """
+
+    async def ask() -> Any:
+        async with router(folder, authority=authority) as client:
+            return await client.why(job_id)
+
+    answer = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+        return
+    click.echo(f"job {job_id} is {answer.state.value if answer.state else 'where it was last seen'}")
+    for reason in answer.reasons:
+        click.echo(f"  {reason.code}: {reason.text}" + (f" (last {utc(reason.since)})" if reason.since else ""))
+
+
+@job.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.argument("job_id", type=int)
+def history(folder: Path, authority: str, output: str, job_id: int) -> None:
+    """Show every transition of a job: when, by whom, and what was said.
+
+    \b
+    Examples:
+      culm job history 1
+      culm job history 1 -o json
+    """
+
+    async def ask() -> Any:
+        async with router(folder, authority=authority) as client:
+            return await client.job(job_id)
+
+    view = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(view.history))
+        return
+    table = Table("n", "when", "event", "state", "attempt", "by", "detail")
+    for event in view.history:
+        who = (str(event.attempt), event.actor, event.detail)
+        table.add_row(str(event.n), utc(event.at), event.event.value, event.target.value, *who)
+    console().print(table)
+    if view.events_left_out:
+        click.echo(f"not shown: {view.events_left_out} older events")
+
+
+@job.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--jobset", type=int, default=None, help="All jobs of it.")
+@click.option("--timeout", "timeout_s", type=float, default=0.0, help="Give up after so many seconds; 0: never.")
+@click.argument("ids", nargs=-1, type=int)
+def watch(
+    folder: Path, *, authority: str, output: str, jobset: int | None, timeout_s: float, ids: tuple[int, ...]
+) -> None:
+    """Follow jobs until all are final, a line per change. Exit code 0 if all finished, 1 if not, 4 after --timeout.
+
+    \b
+    Examples:
+      culm job watch 1 2
+      culm job watch --jobset 204711 --timeout 600
+    """
+    if bool(ids) == (jobset is not None):
+        raise ClientFault("bad_watch", "either ids or --jobset is needed")
+
+    async def follow() -> dict[int, JobRow]:
+        deadline = time.monotonic() + timeout_s if timeout_s else None
+        seen: dict[int, JobRow] = {}
+        async with router(folder, authority=authority) as client:
+            while True:
+                rows = await _rows(client, ids, jobset)
+                for row in rows:
+                    before = seen.get(row.id)
+                    if before is None or before.state is not row.state:
+                        line = f"{utc(row.modified_at)} {row.id} {row.state.value} {row.host}".rstrip()
+                        click.echo(msgspec.json.encode(row) if output == "json" else line)
+                    seen[row.id] = row
+                if all(row.state in FINAL for row in seen.values()):
+                    return seen
+                if deadline is not None and time.monotonic() > deadline:
+                    raise Unavailable("not_final", f"not all are final after {timeout_s:g} s: culm job why ID says why")
+                await asyncio.sleep(WATCH_S)
+
+    ended = asyncio.run(follow())
+    if any(row.state is not State.FINISHED for row in ended.values()):
+        sys.exit(exits.FAILED)
+
+
+async def _rows(client: Client, ids: tuple[int, ...], jobset: int | None) -> list[JobRow]:
+    """Raises ClientFault(unknown_jobset) for one without jobs, Unavailable(missing_shards)."""
+    if jobset is None:
+        return [(await client.job(identifier)).job for identifier in ids]
+    rows, missing = await client.all_jobs(JobsQuery(jobset=jobset, limit=1000))
+    if missing:
+        raise Unavailable("missing_shards", f"no answer from: {', '.join(missing)}")
+    if not rows:
+        raise ClientFault("unknown_jobset", f"no job of jobset {jobset} is known", http_status=404)
+    return rows
+
+
+@job.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--jobset", type=int, default=None, help="All jobs of it that failed or were ended.")
+@click.argument("ids", nargs=-1, type=int)
+def retry(folder: Path, *, authority: str, output: str, jobset: int | None, ids: tuple[int, ...]) -> None:
+    """Submit jobs again that failed, were cancelled or closed: a new job each, in the same jobset; the ids are printed.
+
+    May be repeated: one job is retried once, its retry can be retried again.
+
+    \b
+    Examples:
+      culm job retry 1 2
+      culm job retry --jobset 204711
+    """
+    if bool(ids) == (jobset is not None):
+        raise ClientFault("bad_retry", "either ids or --jobset is needed")
+
+    async def ask() -> dict[int, int]:
+        made: dict[int, int] = {}
+        async with router(folder, authority=authority) as client:
+            for row in await _rows(client, ids, jobset):
+                if row.state in FINAL - {State.FINISHED}:
+                    made[row.id] = await _retry(client, row.id)
+                elif jobset is None:
+                    raise ClientFault("not_failed", f"job {row.id} is {row.state.value}: there is nothing to retry")
+        return made
+
+    made = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode({str(old): new for old, new in made.items()}))
+    elif made:
+        click.echo("\n".join(f"{old} -> {new}" for old, new in made.items()))
+    else:
+        click.echo("nothing to retry")
+
+
+async def _retry(client: Client, identifier: int) -> int:
+    view = await client.job(identifier)
+    request = SubmitRequest(idempotency_key=f"retry-{identifier}", jobs=[view.spec], jobset=view.job.jobset)
+    [new] = (await client.submit(request)).ids
+    assert new is not None
+    return new
 
 
 @job.command()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -64,6 +65,11 @@ def console() -> Console:
     """Where tables go. Names and texts are shown as they are: no markup in them is obeyed."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(width=width, markup=False, highlight=False)
+
+
+def utc(at: float) -> str:
+    """A time for people, seconds since the epoch."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
 
 
 def token(folder: Path, role: str, authority: str = CENTRAL) -> str:

@@ -12,8 +12,9 @@ from rich.table import Table
 from culm.errors import ClientFault
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
+from culm.wire import SiteWhyAnswer
 from ops import catalogue
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
 from ops.cli.registry import settle, topology_of
 
 SETTLE_S: Final = 10.0
@@ -72,6 +73,42 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
         numbers = (str(queue.cores), str(queue.memory_mb), str(queue.walltime_s), str(len(queue.releases)))
         table.add_row(queue_name, queue.status, queue.type, *numbers, queue.reason)
     console().print(table)
+
+
+@site.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.argument("name")
+def why(folder: Path, authority: str, output: str, name: str) -> None:
+    """Say what the pilots of a site ask for, get, and are refused for.
+
+    \b
+    Examples:
+      culm site why BNL
+      culm site why BNL -o json
+    """
+
+    async def ask() -> SiteWhyAnswer:
+        async with router(folder, authority=authority) as client:
+            return await client.site_why(name)
+
+    answer = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+        return
+    if not answer.queues:
+        click.echo(f"{name} has no computing queue")
+    for queue in answer.queues:
+        because = f" ({queue.reason})" if queue.reason else ""
+        asked = f"last asked {utc(queue.last_asked_at)}" if queue.last_asked_at else "never asked"
+        lately = f"in {answer.window_s / 60:.0f} min: {queue.n_asked} requests of {queue.n_pilots} pilots"
+        click.echo(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {queue.n_given} jobs given")
+        for one in queue.refused:
+            needed = f"needed {one.needed}, offered {one.offered or 'none'}"
+            click.echo(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
+    if answer.missing_shards:
+        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
 
 
 @site.command("set")

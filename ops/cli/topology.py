@@ -1,6 +1,5 @@
 """`culm topology show|history|diff`."""
 
-import time
 from pathlib import Path
 
 import click
@@ -11,7 +10,7 @@ from culm import topology_store
 from culm.errors import ClientFault
 from culm.topology import Section
 from ops import section_diff
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, utc
 from ops.cli.registry import topology_of
 from ops.cluster.layout import Layout
 
@@ -68,8 +67,7 @@ def history(folder: Path, authority: str, output: str, limit: int) -> None:
         return
     table = Table("epoch", "when", "who", "why")
     for row in rows:
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(row.at))
-        table.add_row(f"{row.from_epoch} -> {row.to_epoch}", when, row.actor, row.reason)
+        table.add_row(f"{row.from_epoch} -> {row.to_epoch}", utc(row.at), row.actor, row.reason)
     console().print(table)
 
 

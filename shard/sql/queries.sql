@@ -81,6 +81,28 @@ FROM job JOIN spec ON spec.id = job.id WHERE job.id IN %s
 INSERT INTO lease (id, attempt, token, request_id, ordinal, subject, first_s, heartbeat_s, granted_at, expires_at)
 VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND))}
 
+-- ---- who asks, and why
+
+-- name: read_asked
+SELECT queue, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', last_at) FROM asked ORDER BY last_at DESC LIMIT %s
+
+-- name: save_asked
+INSERT INTO asked (queue, last_at) VALUES {, |(%s, FROM_UNIXTIME(%s))} ON DUPLICATE KEY UPDATE last_at = VALUES(last_at)
+
+-- How many ready jobs of several classes rank before one, each counted to a bound.
+-- name: count_before
+SELECT COALESCE(SUM(n), 0) FROM ({ UNION ALL |SELECT COUNT(*) AS n FROM (SELECT id FROM ready
+    WHERE slot = %s AND class_id = %s AND (ranking < %s OR (ranking = %s AND id < %s)) LIMIT %s) AS ahead})
+    AS of_classes
+
+-- name: read_place
+SELECT slot, class_id, state, queue, owner, vo, priority, attempt, lost, max_attempts,
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', modified_at), pilot, host, error_plane, error_code, error_text,
+    cancel_requested FROM job WHERE id = %s
+
+-- name: read_lease_end
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', expires_at) FROM lease WHERE id = %s
+
 -- ---- transitions
 
 -- name: lock_ready_of_jobs

@@ -229,6 +229,30 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
     wire.ShardReport(at=AT, principal=PRINCIPAL, request=REPORT),
     wire.ShardCancel(principal=PRINCIPAL, slots=[AT], ids=[ID], jobset=JOBSET),
     wire.ShardJob(at=AT, principal=PRINCIPAL, id=ID),
+    wire.Reason(code="no_pilot_asked", text="no pilot of BNL-q has asked", queue="BNL-q", since=1_700_000_000.0),
+    wire.WhyAnswer(
+        id=ID,
+        state=State.ACTIVATED,
+        reasons=[
+            wire.Reason(
+                code="too_little_memory_mb", text="it needs more", queue="BNL-q", needed="4000", offered="2000"
+            ),
+            wire.Reason(code="behind_others", text="it waits", queue="BNL-q", n_ahead=7, rate_per_s=0.5),
+        ],
+    ),
+    wire.Refused(code="no_matching_release", needed="r1", offered="r2|r3", n_classes=2, example=ID),
+    wire.QueueWhy(
+        queue="BNL-q",
+        status="online",
+        reason="",
+        last_asked_at=1_700_000_000.0,
+        n_pilots=3,
+        n_asked=9,
+        n_given=1,
+        refused=[wire.Refused(code="wrong_label", needed="user", offered="managed", n_classes=1, example=ID)],
+    ),
+    wire.SiteWhyAnswer(site="BNL", window_s=300.0, queues=[], missing_shards=["us2"]),
+    wire.ShardSiteWhy(principal=PRINCIPAL, site="BNL"),
     wire.ShardJobs(principal=PRINCIPAL, query=QUERY, slots=[3]),
     wire.ShardDepths(ids=[ID]),
     wire.ShardDepthsAnswer(depths={ID: 1}),

@@ -1,0 +1,295 @@
+"""Why is my job not running? The code that dispatches explains: the same classes, the same matching, the same order.
+
+A job that is ready is held against what its computing queues are and what their pilots offered lately. If any of them
+fits, the job waits its turn, and that is the whole answer; else each computing queue has its reasons.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from culm import access, labels
+from culm.errors import ClientFault
+from culm.matching import Offer, Refusal, Requirements, refusals
+from culm.states import LEASED, UNREADY, State
+from culm.topology import Queue, Topology, authority_of_slot
+from culm.wire import QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
+from shard.askers import WINDOW_S, Askers
+from shard.classes import ClassRegistry
+from shard.database import Database, Row, Transaction
+from shard.hints import ClassKey
+
+MAX_AHEAD: Final = 10_000
+MAX_REASONS: Final = 50
+MAX_CLASSES: Final = 200
+"""Classes that are looked at for what a computing queue is refused for."""
+CLASSES_PER_STATEMENT: Final = 100
+_MICROSECONDS: Final = 1_000_000
+_AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
+_SENTENCES: Final[Mapping[str, str]] = {
+    "wrong_label": "its label is {needed}, the pilots of {queue} take {offered}",
+    "wrong_vo": "it is of VO {needed!r}, the pilots of {queue} take jobs of {offered}",
+    "wrong_queue": "it is pinned to {needed}, this is {queue}",
+    "wrong_pilot_type": "it wants a pilot of type {needed}, those of {queue} are of type {offered!r}",
+    "too_few_cores": "it needs {needed} cores, {queue} offers {offered}",
+    "too_little_memory_mb": "it needs {needed} MiB of memory, {queue} offers {offered}",
+    "too_little_disk_mb": "it needs {needed} MiB of disk, {queue} offers {offered}",
+    "too_little_walltime_s": "it needs {needed} s of walltime, {queue} offers {offered}",
+    "no_matching_release": "it needs release {needed}, {queue} has {offered}",
+    "no_matching_platform": "it needs platform {needed}, {queue} has {offered}",
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the explanation needs of a job's row."""
+
+    id: int
+    key: ClassKey
+    state: State
+    queue: str
+    ranking: int
+    attempt: int
+    lost: int
+    max_attempts: int
+    modified_at: float
+    pilot: str
+    host: str
+    error: str
+    cancel_requested: bool
+
+
+class Why:
+    """The two use cases."""
+
+    def __init__(self, database: Database, classes: ClassRegistry, askers: Askers) -> None:
+        self._database = database
+        self._classes = classes
+        self._askers = askers
+
+    async def job(self, topology: Topology, call: ShardJob) -> WhyAnswer:
+        """Why a job is not running. Raises ClientFault(unknown_job), Unavailable. Safe to retry: yes."""
+        rows = await self._fetch("read_place", call.id)
+        if not rows or not access.may_read(
+            call.principal, vo=rows[0][5], owner=rows[0][4], authority=authority_of_slot(rows[0][0])
+        ):
+            raise ClientFault("unknown_job", f"job {call.id} is not known", http_status=404)
+        place = _place(call.id, rows[0])
+        if place.state is State.ACTIVATED:
+            reasons = await self._of_ready(topology, place)
+        else:
+            lease = await self._fetch("read_lease_end", call.id) if place.state in LEASED else []
+            ends_at = lease[0][0] / _MICROSECONDS if lease else None
+            reasons = [_of_other(place, ends_at)]
+        if place.cancel_requested:
+            told = "its cancel was asked for: the pilot is told at its next heartbeat"
+            reasons.insert(0, Reason(code="cancel_requested", text=told))
+        return WhyAnswer(id=call.id, state=place.state, reasons=reasons[:MAX_REASONS])
+
+    async def site(self, topology: Topology, call: ShardSiteWhy) -> SiteWhyAnswer:
+        """What the pilots of a site get and are refused for. Raises ClientFault(unknown_site), Unavailable."""
+        access.require_role(call.principal, "user", "admin")
+        site = topology.site(call.site)
+        slots = {*site.slots, topology.region(site.region).slot}
+        keys = [key for key in self._classes.active() if key.slot in slots]
+        seen = [(key, needs) for key in keys if (needs := self._classes.needs(key)) is not None]
+        if call.principal.role == "user":
+            seen = [(key, needs) for key, needs in seen if needs.vo == call.principal.vo]
+        found = [await self._of_queue(name, queue, seen[:MAX_CLASSES]) for name, queue in sorted(site.queues.items())]
+        return SiteWhyAnswer(site=call.site, window_s=WINDOW_S, queues=found)
+
+    # --- one job
+
+    async def _of_ready(self, topology: Topology, place: _Place) -> list[Reason]:
+        # Its class may not be known here yet: of a job that has just come with its slot.
+        needs = self._classes.needs(place.key)
+        queues = _queues_of(topology, place.key.slot)
+        if needs is None or not queues:
+            return [Reason(code="no_queue_there", text="no computing queue is registered where it may run")]
+        found: list[Reason] = []
+        for name, queue in queues.items():
+            if needs.queue and needs.queue != name:
+                continue
+            reasons, fitting = self._of_pair(needs, name, queue)
+            if fitting is not None:
+                return [await self._turn(topology, place, name, fitting)]
+            found += reasons
+        if not found:
+            told = f"it is pinned to {needs.queue}, which is not registered where it may run"
+            return [Reason(code="no_queue_there", text=told)]
+        return found
+
+    def _of_pair(self, needs: Requirements, name: str, queue: Queue) -> tuple[list[Reason], Offer | None]:
+        """Why the pilots of a computing queue do not take a job; or the offer that would, and no reason."""
+        if queue.status == "offline":
+            because = f": {queue.reason}" if queue.reason else ""
+            return [Reason(code="queue_offline", text=f"{name} is offline{because}", queue=name)], None
+        in_test = queue.status == "test"
+        if in_test and needs.label not in labels.allowed_job_labels(
+            "unified", queue_status="test", queue_type=queue.type
+        ):
+            because = f" ({queue.reason})" if queue.reason else ""
+            told = f"{name} is in test{because}: its pilots take test jobs only, this one's label is {needs.label}"
+            return [Reason(code="queue_in_test", text=told, queue=name)], None
+        refused = refusals(needs, _widest(name, queue, needs))
+        if refused:
+            return [_refusal(name, one) for one in refused], None
+        offers = self._askers.offers(name)
+        if not offers:
+            last = self._askers.last_at(name)
+            told = f"no pilot of {name} has asked in the last {WINDOW_S / 60:.0f} minutes"
+            return [
+                Reason(code="no_pilot_asked", text=told + ("" if last else ", or ever"), queue=name, since=last or None)
+            ], None
+        nearest: list[Refusal] | None = None
+        for offer in offers:
+            refused = refusals(needs, offer)
+            if not refused:
+                return [], offer
+            nearest = refused if nearest is None or len(refused) < len(nearest) else nearest
+        return [_refusal(name, one) for one in nearest or []], None
+
+    async def _turn(self, topology: Topology, place: _Place, name: str, offer: Offer) -> Reason:
+        """Where it stands among all that the same pilots take here: of their site, and of its region."""
+        _, site, _ = topology.queue(name)
+        slots = [*site.slots, topology.region(site.region).slot]
+        keys, n_ahead = self._classes.fitting(slots, offer), 0
+        for start in range(0, len(keys), CLASSES_PER_STATEMENT):
+            some = keys[start : start + CLASSES_PER_STATEMENT]
+            n_ahead += await self._database.run("user", partial(_count_before, place=place, keys=some))
+            if n_ahead >= MAX_AHEAD:
+                break
+        n_ahead = min(n_ahead, MAX_AHEAD)
+        rate = sum(map(self._askers.n_given_of, slots)) / WINDOW_S
+        if not n_ahead:
+            told = f"it is the next one for the pilots of {name}"
+            return Reason(code="ready_to_run", text=told, queue=name, n_ahead=0, rate_per_s=rate)
+        many = "more than 10,000" if n_ahead >= MAX_AHEAD else f"{n_ahead}"
+        told = f"{many} ready jobs rank before it for the pilots of {name}"
+        told += f"; {rate:.2f} a second were given lately" + (f", that is {n_ahead / rate:.0f} s" if rate else "")
+        return Reason(code="behind_others", text=told, queue=name, n_ahead=n_ahead, rate_per_s=rate)
+
+    # --- one computing queue
+
+    async def _of_queue(self, name: str, queue: Queue, seen: Sequence[tuple[ClassKey, Requirements]]) -> QueueWhy:
+        askers, offers = self._askers, self._askers.offers(name)
+        refused: dict[tuple[str, str, str], list[ClassKey]] = {}
+        for key, needs in seen if offers else ():
+            per_offer = [refusals(needs, offer) for offer in offers]
+            for one in min(per_offer, key=len):
+                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+        told = []
+        for (code, needed, offered), keys in sorted(refused.items()):
+            best = await self._database.run("user", partial(_best, key=keys[0]))
+            if best:
+                told.append(
+                    Refused(code=code, needed=needed, offered=offered, n_classes=len(keys), example=best[0][0])  # type: ignore[arg-type]
+                )
+        return QueueWhy(
+            queue=name,
+            status=queue.status,
+            reason=queue.reason,
+            last_asked_at=askers.last_at(name) or None,
+            n_pilots=askers.n_pilots(name),
+            n_asked=askers.n_asked(name),
+            n_given=askers.n_given(name),
+            refused=told,
+        )
+
+    async def _fetch(self, statement: str, identifier: int) -> list[Row]:
+        return await self._database.run("user", lambda tx: tx.fetch(statement, identifier))
+
+
+async def _count_before(tx: Transaction, place: _Place, keys: Sequence[ClassKey]) -> int:
+    rows = [(*key, place.ranking, place.ranking, place.id, MAX_AHEAD) for key in keys]
+    return int((await tx.fetch_rows("count_before", rows))[0][0])
+
+
+async def _best(tx: Transaction, key: ClassKey) -> list[Row]:
+    return await tx.fetch_rows("best_ready", [(*key, 1)])
+
+
+def _place(identifier: int, row: Row) -> _Place:
+    error = f"{row[13]} {row[14]}: {row[15]}" if row[13] is not None else ""
+    return _Place(
+        id=identifier,
+        key=ClassKey(row[0], row[1]),
+        state=State(row[2]),
+        queue=row[3],
+        ranking=-row[6],
+        attempt=row[7],
+        lost=row[8],
+        max_attempts=row[9],
+        modified_at=row[10] / _MICROSECONDS,
+        pilot=row[11],
+        host=row[12],
+        error=error,
+        cancel_requested=bool(row[16]),
+    )
+
+
+def _queues_of(topology: Topology, slot: int) -> dict[str, Queue]:
+    """The computing queues whose pilots may take from a slot: of its site, or of all sites of its region."""
+    name = topology.site_of_slot.get(slot)
+    if name is not None:
+        return dict(topology.sites[name].queues) if name in topology.sites else {}
+    region = topology.region_of_slot.get(slot)
+    return {
+        queue: described
+        for site in topology.sites.values()
+        if site.region == region
+        for queue, described in site.queues.items()
+    }
+
+
+def _widest(name: str, queue: Queue, needs: Requirements) -> Offer:
+    """What the best pilot of a computing queue could offer: what this refuses no pilot of it will ever take."""
+    return Offer(
+        queue=name,
+        labels=frozenset({needs.label}),
+        cores=queue.cores or needs.cores,
+        memory_mb=queue.memory_mb,
+        disk_mb=queue.disk_mb,
+        walltime_s=queue.walltime_s,
+        releases=frozenset(queue.releases),
+        platforms=frozenset(queue.platforms),
+        pilot_type=needs.pilot_type,
+    )
+
+
+def _refusal(queue: str, one: Refusal) -> Reason:
+    values: dict[str, Any] = {"needed": one.needed, "offered": one.offered or "none", "queue": queue}
+    text = _SENTENCES[one.reason].format(**values)
+    return Reason(code=one.reason, text=text, queue=queue, needed=one.needed, offered=one.offered)  # type: ignore[arg-type]
+
+
+def _utc(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+
+
+def _of_other(place: _Place, lease_ends_at: float | None) -> Reason:
+    """What a job that is not ready does, or how it ended."""
+    since, state = place.modified_at, place.state
+    if state in UNREADY:
+        return Reason(code="inputs_missing", text=f"it is {state}: its inputs are not all there", since=since)
+    pilot = f"pilot {place.pilot} on {place.host or 'an unknown host'}"
+    unless = f"; taken for lost if nothing is heard by {_utc(lease_ends_at)}" if lease_ends_at else ""
+    if state is State.SENT:
+        told = f"{pilot} was given it and has given no sign of life yet{unless}"
+        return Reason(code="sent", text=told, queue=place.queue, since=since)
+    if state in _AFTER_WORKER:
+        return Reason(
+            code="outputs_pending", text=f"it has run and is {state}: its outputs are accounted for", since=since
+        )
+    if state in LEASED:
+        told = f"it is {state} with {pilot}, attempt {place.attempt}{unless}"
+        return Reason(code="running", text=told, queue=place.queue, since=since)
+    if state is State.FAILED and place.lost >= place.max_attempts:
+        told = (
+            f"{place.lost} of {place.max_attempts} attempts were lost; the last: {place.error or 'no error was told'}"
+        )
+        return Reason(code="attempts_used_up", text=told, since=since)
+    told = f"it has {state}" if state in (State.FINISHED, State.FAILED) else f"it was {state}"
+    return Reason(code=state.value, text=told + (f": {place.error}" if place.error else ""), since=since)  # type: ignore[arg-type]
