@@ -17,6 +17,7 @@ from culm.wire import (
     CancelRequest,
     CountsAnswer,
     ErrorBody,
+    ErrorsAnswer,
     GetJobAnswer,
     GetJobRequest,
     HeartbeatAnswer,
@@ -27,6 +28,7 @@ from culm.wire import (
     JobView,
     ReportAnswer,
     ReportRequest,
+    ShardsAnswer,
     SiteWhyAnswer,
     SubmitAnswer,
     SubmitRequest,
@@ -120,6 +122,14 @@ class Client:
             if page.next is None:
                 return rows, sorted(missing)
             query = msgspec.structs.replace(query, after=page.next)
+
+    async def errors(self, hours: int) -> ErrorsAnswer:
+        """The monitor's errors by (plane, code, site)."""
+        return await self.get("errors", {"hours": hours}, ErrorsAnswer)
+
+    async def shards(self) -> ShardsAnswer:
+        """The monitor's view of all shards."""
+        return await self.get("shards", {}, ShardsAnswer)
 
     async def counts(self) -> CountsAnswer:
         """GET /v1/counts, of a monitor."""

@@ -588,6 +588,9 @@ class ShardReleaseAnswer(Answer, frozen=True, kw_only=True):
 class ShardCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Counts by slot and state."""
 
+    account: str = ""
+    """Counted for certain, however few its jobs are."""
+
 
 class SlotCount(Answer, frozen=True, kw_only=True):
     """How many jobs of one slot are in one state."""
@@ -595,6 +598,34 @@ class SlotCount(Answer, frozen=True, kw_only=True):
     slot: int
     state: State
     n_jobs: int
+    vo: str = ""
+
+
+class ErrorCount(Answer, frozen=True, kw_only=True):
+    """Jobs of a slot that failed with one error in the hours that were asked for."""
+
+    slot: int
+    plane: str
+    code: int
+    n_jobs: int
+    example: int
+    """One of them."""
+    last_at: float
+    """The beginning of the last hour with one, seconds since the epoch."""
+
+
+class ShardErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """Count errors of the last hours."""
+
+    principal: Principal
+    hours: int
+
+
+class ShardErrorsAnswer(Answer, frozen=True, kw_only=True):
+    """The most frequent first."""
+
+    shard: str
+    errors: list[ErrorCount]
 
 
 class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
@@ -603,6 +634,8 @@ class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     shard: str
     at: float
     counts: list[SlotCount]
+    owners: dict[str, int] = {}
+    """Jobs that are not final, of the accounts with the most of them."""
 
 
 class CountsAnswer(Answer, frozen=True, kw_only=True):
@@ -614,3 +647,50 @@ class CountsAnswer(Answer, frozen=True, kw_only=True):
     shards: dict[str, float]
     """Age in seconds of what is shown of each shard that was ever heard."""
     missing_shards: list[str] = []
+    by_vo: dict[str, dict[str, int]] = {}
+    active_by_owner: dict[str, int] = {}
+    """Jobs that are not final, of the accounts with the most of them."""
+
+
+class ErrorRow(Answer, frozen=True, kw_only=True):
+    """Jobs that failed with one error at one site."""
+
+    plane: str
+    code: int
+    site: str
+    region: str
+    n_jobs: int
+    example: int
+    """One of them."""
+    last_at: float
+    """The beginning of the last hour with one, seconds since the epoch."""
+
+
+class ErrorsAnswer(Answer, frozen=True, kw_only=True):
+    """The monitor's merged errors of the last hours, the most frequent first."""
+
+    hours: int
+    errors: list[ErrorRow]
+    missing_shards: list[str] = []
+
+
+class ShardRow(Answer, frozen=True, kw_only=True):
+    """One shard as the topology has it, and whether it answers."""
+
+    name: str
+    authority: str
+    link: str
+    regions: list[str]
+    n_slots: int
+    n_active: int | None
+    """Jobs that are not final, as last heard; None if it was never heard."""
+    age_s: float | None
+    """Of what is shown; None if it was never heard."""
+    answers: bool
+
+
+class ShardsAnswer(Answer, frozen=True, kw_only=True):
+    """All shards, and the epoch of each authority's section."""
+
+    epochs: dict[str, int]
+    shards: list[ShardRow]

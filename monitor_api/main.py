@@ -2,23 +2,28 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
-from culm import access, clock, service
-from culm.errors import Conflict, CulmError
+from culm import service
+from culm.errors import ClientFault, Conflict
 from culm.https import POLL_S, Https
 from culm.link import LinkOptions
 from culm.settings import MonitorSettings
 from culm.shard_links import ShardLinks
 from culm.tokens import Verifier
 from culm.topology_store import TopologyCache
-from culm.wire import CountsAnswer, ShardCounts, ShardCountsAnswer
-from monitor_api.merge import Heard, merge
+from culm.wire import JobsQuery, Principal
+from monitor_api.pages import Pages
+from monitor_api.views import Views
 
 KEYS_POLL_S: Final = 5.0
+MAX_FORM_BYTES: Final = 64 << 10
+
+UseCase = Callable[[Principal, web.Request], Awaitable[msgspec.Struct]]
 
 log = logging.getLogger("monitor.main")
 
@@ -37,22 +42,22 @@ class Monitor:
         options = LinkOptions(stall_s=settings.link_stall_s, tls=settings.link_tls)
         self._links = ShardLinks(lambda: self._topology.current, options)
         self._verifier = Verifier(settings.trusted_keys_dir)
-        self._clock = clock.SystemClock()
-        self._heard: dict[str, Heard] = {}
+        self._https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
+        self._views = Views(self._topology, self._links, settings.shard_deadline_s)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Serve until `stop`."""
         settings, loops = self._settings, service.Loops()
-        https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
         await self._follow()
         loops.every(settings.topology_poll_s, "topology", self._follow)
-        loops.every(POLL_S, "certificate", https.poll)
+        loops.every(POLL_S, "certificate", self._https.poll)
         loops.every(KEYS_POLL_S, "keys", self._verifier.poll)
         runner = web.AppRunner(self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()
         try:
             try:
-                await web.TCPSite(runner, settings.host, settings.port, ssl_context=https.context).start()
+                site = web.TCPSite(runner, settings.host, settings.port, ssl_context=self._https.context)
+                await site.start()
             except OSError as error:
                 where = f"{settings.host}:{settings.port}"
                 raise Conflict("port_busy", f"cannot listen at {where}: {error.strerror}") from None
@@ -65,34 +70,32 @@ class Monitor:
 
     def app(self) -> web.Application:
         """The application with all routes."""
-        app = web.Application(middlewares=[service.errors("monitor", lambda _request, error: service.refusal(error))])
+        views = self._views
+        secure = self._https.context is not None or self._settings.behind_tls_front
+        app = web.Application(
+            client_max_size=MAX_FORM_BYTES,
+            middlewares=[service.errors("monitor", lambda _request, error: service.refusal(error))],
+        )
         app.add_routes(
-            [*service.health_routes("monitor", self._ready, self._verifier), web.get("/v1/counts", self._counts)]
+            [
+                *service.health_routes("monitor", self._ready, self._verifier),
+                self._get("counts", lambda who, _request: views.counts(who)),
+                self._get("shards", lambda who, _request: views.shards(who)),
+                self._get("errors", lambda who, request: views.errors(who, _hours(request))),
+                self._get("jobs", lambda who, request: views.jobs(who, _query(request))),
+                *Pages(views, self._verifier, secure=secure).routes(),
+            ]
         )
         return app
 
-    async def counts(self) -> CountsAnswer:
-        """Ask every shard; those that give no answer in time are named and shown as last heard."""
-        topology = self._topology.current
-        names = list(topology.shards)
-        answers = await self._links.ask_many(
-            [(name, ShardCounts()) for name in names], "counts", ShardCountsAnswer, self._settings.shard_deadline_s
-        )
-        missing = []
-        for name, answer in zip(names, answers, strict=True):
-            if isinstance(answer, CulmError):
-                missing.append(name)
-            else:
-                self._heard[name] = Heard(answer, self._clock.monotonic())
-        for gone in self._heard.keys() - topology.shards.keys():
-            del self._heard[gone]
-        return merge(topology, self._heard, missing, self._clock.monotonic())
+    def _get(self, verb: str, use_case: UseCase) -> web.RouteDef:
+        async def handle(request: web.Request) -> web.Response:
+            request[service.VERB] = verb
+            who = self._verifier.verify(request.headers.get("Authorization"))
+            answer = await use_case(who, request)
+            return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
-    async def _counts(self, request: web.Request) -> web.Response:
-        request[service.VERB] = "counts"
-        principal = self._verifier.verify(request.headers.get("Authorization"))
-        access.require_role(principal, "user", "admin")
-        return web.Response(body=msgspec.json.encode(await self.counts()), content_type="application/json")
+        return web.get(f"/v1/{verb}", handle)
 
     async def _follow(self) -> None:
         self._topology.refresh_if_changed()
@@ -100,3 +103,17 @@ class Monitor:
 
     async def _ready(self) -> str:
         return "" if self._topology.current.sections else "topology"
+
+
+def _hours(request: web.Request) -> int:
+    text = request.query.get("hours", "24")
+    if not text.isdecimal() or len(text) > 6:
+        raise ClientFault("bad_hours", f"{text[:20]!r} is not a number of hours")
+    return int(text)
+
+
+def _query(request: web.Request) -> JobsQuery:
+    try:
+        return msgspec.convert(dict(request.query), JobsQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise ClientFault("bad_request", str(error)) from None

@@ -3,12 +3,11 @@
 import contextlib
 from collections.abc import Container
 
-import msgspec
-
 from culm import access
 from culm.errors import ClientFault, CulmError, Moved
 from culm.ids import slot_of
-from culm.topology import SLOT_BLOCKS, Topology
+from culm.merged_jobs import merged_jobs
+from culm.topology import Topology
 from culm.wire import (
     CancelAnswer,
     CancelledJob,
@@ -19,7 +18,6 @@ from culm.wire import (
     Principal,
     ShardCancel,
     ShardJob,
-    ShardJobs,
     SlotRef,
 )
 from router.forward import Forward
@@ -79,21 +77,7 @@ async def jobs(forward: Forward, principal: Principal, query: JobsQuery) -> Jobs
     Raises ClientFault (unknown_site, unknown_region, forbidden).
     """
     access.require_role(principal, "user", "admin")
-    if query.owner and access.authority_of(query.owner) not in SLOT_BLOCKS:
-        query = msgspec.structs.replace(query, owner=f"{principal.authority}:{query.owner}")
-    by_shard = forward.resolve(lambda topology: _slots_of_query(topology, query))
-    calls = [(shard, ShardJobs(principal=principal, query=query, slots=slots)) for shard, slots in by_shard.items()]
-    answers = await forward.links.ask_many(calls, "jobs", JobsAnswer, forward.deadline_s)
-    missing = [shard for (shard, _), answer in zip(calls, answers, strict=True) if isinstance(answer, CulmError)]
-    pages = [answer for answer in answers if not isinstance(answer, CulmError)]
-    # Beyond the smallest `next` some shard has not looked yet.
-    known_to = min((page.next for page in pages if page.next is not None), default=None)
-    merged = sorted((row for page in pages for row in page.jobs), key=lambda row: row.id)
-    whole = [row for row in merged if known_to is None or row.id <= known_to]
-    if len(whole) > query.limit:
-        whole = whole[: query.limit]
-        known_to = whole[-1].id
-    return JobsAnswer(jobs=whole, next=known_to, missing_shards=missing)
+    return await merged_jobs(forward.resolve, forward.links, principal, query, forward.deadline_s)
 
 
 def _cancel_calls(
@@ -113,20 +97,3 @@ def _cancel_calls(
         (shard, ShardCancel(principal=principal, slots=list(slots), ids=[i for ids in slots.values() for i in ids]))
         for shard, slots in by_shard.items()
     ]
-
-
-def _slots_of_query(topology: Topology, query: JobsQuery) -> dict[str, list[int]]:
-    if query.site:
-        slots = list(topology.site(query.site).slots)
-    elif query.region:
-        region = topology.region(query.region)
-        slots = [
-            region.slot,
-            *(s for site in topology.sites.values() if site.region == query.region for s in site.slots),
-        ]
-    else:
-        return {shard: [] for shard in topology.shards}
-    by_shard: dict[str, list[int]] = {}
-    for slot in slots:
-        by_shard.setdefault(topology.place(slot).shard, []).append(slot)
-    return by_shard

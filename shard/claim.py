@@ -233,7 +233,7 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, 
             result.unused.append(hint)
             seat.cut = True
             continue
-        job = job_of(row[:14])
+        job = job_of((*row[:14], row[15]))
         attempt, token = job.attempt + 1, secrets.token_hex(12)
         first_s = call.lease.first_s or timeouts.first_lease_s
         heartbeat_s = call.lease.heartbeat_s or timeouts.heartbeat_s

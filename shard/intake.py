@@ -148,7 +148,9 @@ class Intake:
             submissions.append((slot, owner, call.key, digests[0], first_id, len(jobs), digests[1]))
             made += jobs
         await tx.execute_rows("insert_submissions", sorted(submissions, key=lambda row: row[0]))
-        await add_to_tallies(tx, Counter((job.key.slot, job.state) for job in made), Counter({owner: len(made)}))
+        await add_to_tallies(
+            tx, Counter((job.key.slot, job.state, call.principal.vo) for job in made), Counter({owner: len(made)})
+        )
         return made
 
     async def _insert_classes(self, tx: Transaction, slot: int, jobs: Sequence[_NewJob]) -> None:

@@ -117,6 +117,7 @@ class Shard:
         self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
+        self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "old_errors", self.reaper.drop_old_errors)
 
     async def _announce(self, hints: Sequence[Hint]) -> None:
         await self.dispatcher.announce(hints)

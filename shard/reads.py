@@ -11,6 +11,7 @@ from culm.states import Event, State
 from culm.topology import Topology, authority_of_slot, slot_block
 from culm.wire import (
     AttemptReport,
+    ErrorCount,
     JobError,
     JobEvent,
     JobRow,
@@ -18,9 +19,12 @@ from culm.wire import (
     JobSpec,
     JobView,
     ReportRequest,
+    ShardCounts,
     ShardCountsAnswer,
     ShardDepths,
     ShardDepthsAnswer,
+    ShardErrors,
+    ShardErrorsAnswer,
     ShardJob,
     ShardJobs,
     SlotCount,
@@ -30,6 +34,9 @@ from shard.database import Database, Row
 _SPEC: Final = msgspec.msgpack.Decoder(JobSpec)
 _REPORT: Final = msgspec.msgpack.Decoder(ReportRequest)
 _MICROSECONDS: Final = 1_000_000
+MAX_OWNERS: Final = 200
+MAX_ERRORS: Final = 1000
+_HOUR_S: Final = 3600
 MAX_EXAMINED: Final = 5000
 """Rows that one list may look at in a shard."""
 MAX_RANGES: Final = 8
@@ -120,12 +127,42 @@ def _filters(call: ShardJobs) -> tuple[object, ...]:
     )
 
 
-async def read_counts(database: Database, shard: str) -> ShardCountsAnswer:
+async def read_errors(database: Database, shard: str, call: ShardErrors) -> ShardErrorsAnswer:
+    """Errors by slot, plane and code in the last hours; a user's of his VO.
+
+    Raises ClientFault(forbidden), Unavailable. Safe to retry: yes.
+    """
+    access.require_role(call.principal, "user", "admin")
+    now = await _fetch(database, "database_time")
+    since = now[0][0] // _MICROSECONDS // _HOUR_S - call.hours + 1
+    is_user = int(call.principal.role == "user")
+    rows = await _fetch(database, "error_counts", since, is_user, call.principal.vo, MAX_ERRORS)
+    return ShardErrorsAnswer(
+        shard=shard,
+        errors=[
+            ErrorCount(
+                slot=row[0], plane=row[1], code=row[2], n_jobs=int(row[3]), example=row[4], last_at=row[5] * _HOUR_S
+            )
+            for row in rows
+        ],
+    )
+
+
+async def read_counts(database: Database, shard: str, call: ShardCounts) -> ShardCountsAnswer:
     """Jobs by slot and state, as the tallies have it. Raises Unavailable."""
     rows = await database.run("user", lambda tx: tx.fetch("counts"))
     now = await database.run("user", lambda tx: tx.fetch("database_time"))
-    counts = [SlotCount(slot=row[0], state=State(row[1]), n_jobs=int(row[2])) for row in rows if row[2]]
-    return ShardCountsAnswer(shard=shard, at=now[0][0] / _MICROSECONDS, counts=counts)
+    owners = await _fetch(database, "owner_counts", MAX_OWNERS)
+    if call.account:
+        [[n_own]] = await _fetch(database, "owner_count", call.account)
+        owners = [*owners, *([(call.account, n_own)] if n_own else [])]
+    counts = [SlotCount(slot=row[0], state=State(row[1]), vo=row[2], n_jobs=int(row[3])) for row in rows if row[3]]
+    return ShardCountsAnswer(
+        shard=shard,
+        at=now[0][0] / _MICROSECONDS,
+        counts=counts,
+        owners={owner: int(n_jobs) for owner, n_jobs in owners},
+    )
 
 
 async def read_depths(database: Database, call: ShardDepths) -> ShardDepthsAnswer:

@@ -22,6 +22,7 @@ from shard.ownership import Ownership
 from shard.transitions import Change, Job, apply, lock_jobs, lock_slots, lost
 
 BATCH: Final = 200
+ERRORS_KEPT_HOURS: Final = 24 * 30
 MAX_EXAMINED: Final = 5000
 """Rows that one look for old jobs goes through."""
 ACTOR: Final = "reaper"
@@ -90,6 +91,11 @@ class Reaper:
             ids = [row[0] for row in await self._database.run("read", lambda tx: tx.fetch("expired_leases", BATCH))]
         return n_ended
 
+    async def drop_old_errors(self) -> int:
+        """Forget errors that were counted long ago, a few at a time; how many rows. Raises Unavailable."""
+        before = int(self._clock.now()) // 3600 - ERRORS_KEPT_HOURS
+        return await self._database.run("write", lambda tx: tx.execute("drop_old_errors", before))
+
     async def _ended(self, ids: Sequence[int]) -> tuple[list[Hint], list[Change]]:
         """End a batch; one by one where that cannot be done together, so that one bad job holds up no other."""
         try:
@@ -123,7 +129,7 @@ class Reaper:
             n_closed += await self._close(SlotRef(slot, epoch), "old_ready", of_ready)
         rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
         states = tuple(sorted(UNREADY))
-        for slot in {row[0] for row in rows if row[1] in UNREADY and row[2] > 0} & opened.keys():
+        for slot in {row[0] for row in rows if row[1] in UNREADY and row[3] > 0} & opened.keys():
             n_closed += await self._close_unready(SlotRef(slot, opened[slot]), states)
         return n_closed
 

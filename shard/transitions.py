@@ -48,6 +48,10 @@ class Job:
         return Hint(-self.priority, self.id, ClassKey(self.slot, self.class_id))
 
 
+Counted = tuple[int, State, str]
+"""Slot, state and VO: what jobs are counted by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The part of a lease's row that transitions need."""
@@ -142,22 +146,36 @@ async def apply(tx: Transaction, changes: Sequence[Change]) -> list[Hint]:
         raise ChangedUnderfootError
     await tx.execute_rows("insert_events", [_event(c, t) for c, t in zip(changes, targets, strict=True)])
     await _keep_narrow_tables(tx, changes, targets)
-    tally: Counter[tuple[int, State]] = Counter()
+    tally: Counter[Counted] = Counter()
     owners: Counter[str] = Counter()
     for change, target in zip(changes, targets, strict=True):
-        tally[change.job.slot, change.job.state] -= 1
-        tally[change.job.slot, target] += 1
+        job = change.job
+        tally[job.slot, job.state, job.vo] -= 1
+        tally[job.slot, target, job.vo] += 1
         if target in FINAL:
-            owners[change.job.owner] -= 1
+            owners[job.owner] -= 1
     await add_to_tallies(tx, tally, owners)
+    await _count_errors(tx, [change for change, target in zip(changes, targets, strict=True) if target is State.FAILED])
     return [c.job.hint for c, target in zip(changes, targets, strict=True) if target is State.ACTIVATED]
 
 
-async def add_to_tallies(tx: Transaction, tally: Counter[tuple[int, State]], owners: Counter[str]) -> None:
-    """Keep the counts, in this connection's own rows. Sorted, so that the rows are always locked in one order."""
+async def _count_errors(tx: Transaction, failed: Sequence[Change]) -> None:
+    """By code and hour; a job that failed without a word counts as what it is, plane ''."""
+    errors: Counter[tuple[int, str, int, str]] = Counter()
+    examples: dict[tuple[int, str, int, str], int] = {}
+    for change in failed:
+        plane, code = (change.error.plane, change.error.code) if change.error else ("", 0)
+        key = (change.job.slot, plane, code, change.job.vo)
+        errors[key] += 1
+        examples[key] = change.job.id
     await tx.execute_rows(
-        "add_to_tally", [(slot, state, tx.writer, n) for (slot, state), n in sorted(tally.items()) if n]
+        "add_to_error_tally", [(*key, tx.writer, n, examples[key]) for key, n in sorted(errors.items())]
     )
+
+
+async def add_to_tallies(tx: Transaction, tally: Counter[Counted], owners: Counter[str]) -> None:
+    """Keep the counts, in this connection's own rows. Sorted, so that the rows are always locked in one order."""
+    await tx.execute_rows("add_to_tally", [(*key, tx.writer, n) for key, n in sorted(tally.items()) if n])
     await tx.execute_rows("add_to_owner_tally", [(owner, tx.writer, n) for owner, n in sorted(owners.items()) if n])
 
 

@@ -14,6 +14,7 @@ from culm.wire import (
     ShardCancel,
     ShardCounts,
     ShardDepths,
+    ShardErrors,
     ShardGetJob,
     ShardHeartbeat,
     ShardJob,
@@ -67,7 +68,8 @@ class Verbs:
             "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
-            "counts": _entry(ShardCounts, lambda _: reads.read_counts(database, cases.name)),
+            "counts": _entry(ShardCounts, lambda call: reads.read_counts(database, cases.name, call)),
+            "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
         }
 

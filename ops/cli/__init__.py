@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "topology": Place("ops.cli.topology", "topology", "which slot lives on which shard, and who changed it"),
     "token": Place("ops.cli.token", "token", "signed tokens"),
     "counts": Place("ops.cli.counts", "counts", "the merged counts of all shards"),
+    "errors": Place("ops.cli.errors", "errors", "what jobs failed of, by code and site"),
     "replay": Place("ops.cli.replay", "replay", "a slice of a real grid's log through the cluster"),
     "audit": Place("ops.cli.audit", "audit", "check the stored data: nothing lost, nothing twice"),
     "doctor": Place("ops.cli.doctor", "doctor", "what this machine and this cluster lack"),

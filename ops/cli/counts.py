@@ -16,7 +16,7 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
 @DIR
 @AUTHORITY
 @OUTPUT
-@click.option("--by", type=click.Choice(["region", "site"]), default="region", show_default=True)
+@click.option("--by", type=click.Choice(["region", "site", "vo"]), default="region", show_default=True)
 def counts(folder: Path, authority: str, output: str, by: str) -> None:
     """Show the merged counts of all shards by state; shards that gave no answer are named.
 
@@ -36,7 +36,7 @@ def counts(folder: Path, authority: str, output: str, by: str) -> None:
         return
     states = sorted(answer.total)
     table = Table(by, *states)
-    rows = answer.by_region if by == "region" else answer.by_site
+    rows = {"region": answer.by_region, "site": answer.by_site, "vo": answer.by_vo}[by]
     for name, row in rows.items():
         table.add_row(name, *(str(row.get(state, 0)) for state in states))
     table.add_row("all", *(str(answer.total[state]) for state in states))

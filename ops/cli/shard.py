@@ -17,7 +17,6 @@ from culm import topology_store
 from culm.errors import ClientFault, CulmError, Unavailable
 from culm.registry_wire import ChangedAnswer, ShardRequest
 from culm.topology import Section, Shard, Topology, add_shard
-from culm.wire import CountsAnswer
 from ops import section_diff
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, router
 from ops.cli.registry import settle, topology_of
@@ -196,7 +195,7 @@ async def _heard(folder: Path, authority: str) -> dict[str, bool]:
     """Which shards answer the monitor; empty if the monitor itself does not."""
     try:
         async with monitor(folder, authority) as client:
-            counts: CountsAnswer = await client.counts()
+            answer = await client.shards()
     except Unavailable:
         return {}
-    return {shard: shard not in counts.missing_shards for shard in [*counts.shards, *counts.missing_shards]}
+    return {row.name: row.answers for row in answer.shards}

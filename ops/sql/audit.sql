@@ -137,10 +137,10 @@ JOIN job_event ON job_event.id = job.id AND job_event.n = job.version WHERE job_
 -- ---- I11: the tallies are the counts
 
 -- name: tally_differs
-SELECT slot, CONCAT(state, ': the tally says ', SUM(tallied), ', counted ', SUM(counted)) FROM (
-    SELECT slot, state, n AS tallied, 0 AS counted FROM tally
-    UNION ALL SELECT slot, state, 0, COUNT(*) FROM job GROUP BY slot, state) AS both_counts
-GROUP BY slot, state HAVING SUM(tallied) <> SUM(counted) LIMIT %s
+SELECT slot, CONCAT(state, ' of VO ', vo, ': the tally says ', SUM(tallied), ', counted ', SUM(counted)) FROM (
+    SELECT slot, state, vo, n AS tallied, 0 AS counted FROM tally
+    UNION ALL SELECT slot, state, vo, 0, COUNT(*) FROM job GROUP BY slot, state, vo) AS both_counts
+GROUP BY slot, state, vo HAVING SUM(tallied) <> SUM(counted) LIMIT %s
 
 -- name: owner_tally_differs
 SELECT 0, CONCAT('owner ', owner, ': the tally says ', SUM(tallied), ', counted ', SUM(counted)) FROM (

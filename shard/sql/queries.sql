@@ -139,7 +139,12 @@ DELETE ready FROM ready FORCE INDEX (PRIMARY) WHERE id IN %s
 DELETE lease FROM lease FORCE INDEX (PRIMARY) WHERE id IN %s
 
 -- name: add_to_tally
-INSERT INTO tally (slot, state, writer, n) VALUES {, |(%s, %s, %s, %s)} ON DUPLICATE KEY UPDATE n = n + VALUES(n)
+INSERT INTO tally (slot, state, vo, writer, n) VALUES {, |(%s, %s, %s, %s, %s)} ON DUPLICATE KEY UPDATE n = n + VALUES(n)
+
+-- name: add_to_error_tally
+INSERT INTO error_tally (hour, slot, plane, code, vo, writer, n, example)
+VALUES {, |(UNIX_TIMESTAMP() DIV 3600, %s, %s, %s, %s, %s, %s, %s)}
+ON DUPLICATE KEY UPDATE n = n + VALUES(n), example = VALUES(example)
 
 -- name: add_to_owner_tally
 INSERT INTO owner_tally (owner, writer, n) VALUES {, |(%s, %s, %s)} ON DUPLICATE KEY UPDATE n = n + VALUES(n)
@@ -242,7 +247,21 @@ SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN
 ORDER BY id LIMIT %s
 
 -- name: counts
-SELECT slot, state, SUM(n) FROM tally GROUP BY slot, state
+SELECT slot, state, vo, SUM(n) FROM tally GROUP BY slot, state, vo
+
+-- name: owner_counts
+SELECT owner, SUM(n) AS n_active FROM owner_tally GROUP BY owner HAVING n_active > 0
+ORDER BY n_active DESC, owner LIMIT %s
+
+-- name: owner_count
+SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
+
+-- name: error_counts
+SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour) FROM error_tally
+WHERE hour >= %s AND (%s = 0 OR vo = %s) GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
+
+-- name: drop_old_errors
+DELETE FROM error_tally WHERE hour < %s LIMIT 1000
 
 -- name: database_time
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))

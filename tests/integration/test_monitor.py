@@ -13,8 +13,18 @@ from culm.client import Client
 from culm.errors import ClientFault, Unavailable
 from culm.ids import slot_of
 from culm.settings import MonitorSettings
-from culm.wire import CancelRequest, CountsAnswer, GetJobRequest, JobSpec, PilotInfo, Principal, SubmitRequest
+from culm.wire import (
+    CancelRequest,
+    CountsAnswer,
+    GetJobRequest,
+    JobSpec,
+    PilotInfo,
+    Principal,
+    ShardCounts,
+    SubmitRequest,
+)
 from monitor_api.main import Monitor
+from monitor_api.views import Views
 from shard import reads
 from tests.front import Reply, RunningFront
 from tests.partition import ADMIN, PILOT, USER
@@ -153,10 +163,10 @@ async def test_a_shard_that_hangs_does_not_hold_up_the_others(
     await work(router)
     gate = asyncio.Event()
 
-    async def hangs(_database: object, shard: str) -> object:
+    async def hangs(_database: object, shard: str, call: ShardCounts) -> object:
         if shard == "eu1":
             await gate.wait()
-        return await real(_database, shard)  # type: ignore[arg-type]
+        return await real(_database, shard, call)  # type: ignore[arg-type]
 
     real = reads.read_counts
     monkeypatch.setattr(reads, "read_counts", hangs)
@@ -202,10 +212,10 @@ async def test_the_monitor_names_the_scheme_to_a_stranger_and_spreads_those_that
 ) -> None:
     assert (await _send(router, url, "/v1/counts", "")).headers["WWW-Authenticate"] == "Bearer"
 
-    async def down(_monitor: Monitor) -> CountsAnswer:
+    async def down(_views: Views, _who: Principal) -> CountsAnswer:
         raise Unavailable("shard_down", "no", retry_after_s=10.0)
 
-    monkeypatch.setattr(Monitor, "counts", down)
+    monkeypatch.setattr(Views, "counts", down)
     waits = {(await _send(router, url, "/v1/counts", router.token(USER))).body["error"]["retry_after_s"] for _ in "abc"}
     assert len(waits) > 1
     assert all(10.0 <= wait_s <= 15.0 for wait_s in waits)

@@ -6,7 +6,16 @@ import pytest
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
 from culm.states import State
 from culm.topology import Placement, Queue, Region, Section, Shard, Site, Topology
-from culm.wire import JobSpec, ShardCountsAnswer, ShardSubmitAnswer, SlotCount, SlotJobs, SlotRef, SubmitAnswer
+from culm.wire import (
+    JobSpec,
+    Principal,
+    ShardCountsAnswer,
+    ShardSubmitAnswer,
+    SlotCount,
+    SlotJobs,
+    SlotRef,
+    SubmitAnswer,
+)
 from monitor_api.merge import UNPLACED, Heard, merge
 from router.resolve import ShardPart
 from router.submit import _merge
@@ -89,6 +98,8 @@ def test_what_is_said_of_a_partial_submit_can_be_sent() -> None:
 
 # --- counts ---------------------------------------------------------------------------------------------------------
 
+ADMIN = Principal(role="admin", subject="root", authority="central")
+
 
 def topology() -> Topology:
     section = Section(
@@ -113,7 +124,7 @@ def heard(at: float, **counts: int) -> Heard:
 
 def test_counts_are_the_sum_over_shards_by_state_region_and_site() -> None:
     answers = {"a": heard(9.0, activated_0=2, activated_5=3, finished_5=1), "b": heard(9.5, activated_6=10)}
-    merged = merge(topology(), answers, [], 10.0)
+    merged = merge(topology(), answers, [], 10.0, ADMIN)
     assert merged.total == {"activated": 15, "finished": 1}
     assert merged.by_region == {"US": {"activated": 15, "finished": 1}}
     assert merged.by_site == {"(any site of US)": {"activated": 2}, "BNL": {"activated": 13, "finished": 1}}
@@ -121,22 +132,38 @@ def test_counts_are_the_sum_over_shards_by_state_region_and_site() -> None:
 
 
 def test_a_missing_shard_is_named_and_shown_as_last_heard() -> None:
-    merged = merge(topology(), {"a": heard(10.0, running_5=1), "b": heard(4.0, running_6=7)}, ["b"], 10.0)
+    merged = merge(topology(), {"a": heard(10.0, running_5=1), "b": heard(4.0, running_6=7)}, ["b"], 10.0, ADMIN)
     assert merged.total == {"running": 8}
     assert (merged.shards["b"], merged.missing_shards) == (6.0, ["b"])
 
 
 def test_a_shard_that_never_answered_is_named_and_not_counted_as_zero() -> None:
-    merged = merge(topology(), {"a": heard(10.0)}, ["b"], 10.0)
+    merged = merge(topology(), {"a": heard(10.0)}, ["b"], 10.0, ADMIN)
     assert (merged.total, merged.missing_shards, "b" in merged.shards) == ({}, ["b"], False)
 
 
 def test_jobs_of_a_slot_that_the_topology_does_not_know_are_not_lost() -> None:
-    merged = merge(topology(), {"a": heard(1.0, failed_99=4)}, [], 1.0)
+    merged = merge(topology(), {"a": heard(1.0, failed_99=4)}, [], 1.0, ADMIN)
     assert merged.total == {"failed": 4}
     assert merged.by_region == {UNPLACED: {"failed": 4}}
 
 
 def test_nothing_heard_is_an_empty_view() -> None:
-    merged = merge(topology(), {}, ["b", "a"], 1.0)
+    merged = merge(topology(), {}, ["b", "a"], 1.0, ADMIN)
     assert (merged.total, merged.by_region, merged.by_site, merged.missing_shards) == ({}, {}, {}, ["a", "b"])
+
+
+def test_a_user_is_shown_the_counts_of_his_vo_and_of_accounts_his_own() -> None:
+    rows = [
+        SlotCount(slot=5, state=State.RUNNING, n_jobs=3, vo="atlas"),
+        SlotCount(slot=5, state=State.RUNNING, n_jobs=40, vo="cms"),
+    ]
+    answer = ShardCountsAnswer(shard="x", at=0.0, counts=rows, owners={"central:ann": 2, "central:bob": 41})
+    ann = Principal(role="user", subject="ann", authority="central", vo="atlas")
+    mine = merge(topology(), {"a": Heard(answer, 1.0)}, [], 1.0, ann)
+    assert (mine.total, mine.by_vo, mine.active_by_owner) == (
+        {"running": 3}, {"atlas": {"running": 3}}, {"central:ann": 2}
+    )  # fmt: skip
+    everything = merge(topology(), {"a": Heard(answer, 1.0)}, [], 1.0, ADMIN)
+    assert everything.by_vo == {"atlas": {"running": 3}, "cms": {"running": 40}}
+    assert list(everything.active_by_owner) == ["central:bob", "central:ann"]

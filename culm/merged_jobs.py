@@ -1,0 +1,66 @@
+"""A page of jobs over all shards: what the router and the monitor answer alike."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from culm import access
+from culm.errors import CulmError
+from culm.shard_links import ShardLinks
+from culm.topology import SLOT_BLOCKS, Topology
+from culm.wire import JobsAnswer, JobsQuery, Principal, ShardJobs
+
+T = TypeVar("T")
+
+
+class Resolve(Protocol):
+    """What a function finds in the topology, after a look for a newer one where it finds nothing."""
+
+    def __call__(self, find: Callable[[Topology], T], /) -> T:
+        """Raises as `find`."""
+        ...
+
+
+async def merged_jobs(
+    resolve: Resolve, links: ShardLinks, principal: Principal, query: JobsQuery, deadline_s: float
+) -> JobsAnswer:
+    """A page over all shards that the filters leave, in the order of the id; stable while jobs come and go.
+
+    It may be short while more is to come: a shard looks at a bounded number of rows. What a missing shard has is
+    missing from the walk too. The caller has checked the role.
+
+    Raises ClientFault (unknown_site, unknown_region). Safe to retry: yes.
+    """
+    if query.owner and access.authority_of(query.owner) not in SLOT_BLOCKS:
+        query = msgspec.structs.replace(query, owner=f"{principal.authority}:{query.owner}")
+    by_shard = resolve(lambda topology: _slots_of_query(topology, query))
+    calls = [(shard, ShardJobs(principal=principal, query=query, slots=slots)) for shard, slots in by_shard.items()]
+    answers = await links.ask_many(calls, "jobs", JobsAnswer, deadline_s)
+    missing = [shard for (shard, _), answer in zip(calls, answers, strict=True) if isinstance(answer, CulmError)]
+    pages = [answer for answer in answers if not isinstance(answer, CulmError)]
+    # Beyond the smallest `next` some shard has not looked yet.
+    known_to = min((page.next for page in pages if page.next is not None), default=None)
+    merged = sorted((row for page in pages for row in page.jobs), key=lambda row: row.id)
+    whole = [row for row in merged if known_to is None or row.id <= known_to]
+    if len(whole) > query.limit:
+        whole = whole[: query.limit]
+        known_to = whole[-1].id
+    return JobsAnswer(jobs=whole, next=known_to, missing_shards=missing)
+
+
+def _slots_of_query(topology: Topology, query: JobsQuery) -> dict[str, list[int]]:
+    if query.site:
+        slots = list(topology.site(query.site).slots)
+    elif query.region:
+        region = topology.region(query.region)
+        slots = [
+            region.slot,
+            *(s for site in topology.sites.values() if site.region == query.region for s in site.slots),
+        ]
+    else:
+        return {shard: [] for shard in topology.shards}
+    by_shard: dict[str, list[int]] = {}
+    for slot in slots:
+        by_shard.setdefault(topology.place(slot).shard, []).append(slot)
+    return by_shard

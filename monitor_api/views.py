@@ -1,0 +1,108 @@
+"""What the monitor asks of all shards at once: the use cases behind its JSON answers and its pages."""
+
+from typing import Final
+
+from culm import access, clock
+from culm.errors import ClientFault, CulmError
+from culm.ids import slot_of
+from culm.merged_jobs import merged_jobs
+from culm.shard_links import ShardLinks
+from culm.topology_store import TopologyCache
+from culm.wire import (
+    CountsAnswer,
+    ErrorsAnswer,
+    JobsAnswer,
+    JobsQuery,
+    JobView,
+    Principal,
+    ShardCounts,
+    ShardCountsAnswer,
+    ShardErrors,
+    ShardErrorsAnswer,
+    ShardJob,
+    ShardsAnswer,
+    WhyAnswer,
+)
+from monitor_api.merge import Heard, merge, merge_errors, merge_shards
+
+MAX_HOURS: Final = 24 * 30
+
+
+class Views:
+    """Every view has a deadline; a shard that gives no answer in time is named, and shown as last heard."""
+
+    def __init__(self, topology: TopologyCache, links: ShardLinks, deadline_s: float) -> None:
+        self._topology = topology
+        self._links = links
+        self._deadline_s = deadline_s
+        self._clock = clock.SystemClock()
+        self._heard: dict[str, Heard] = {}
+
+    async def counts(self, who: Principal) -> CountsAnswer:
+        """Jobs by state, region, site and VO. Raises ClientFault(forbidden). Safe to retry: yes."""
+        access.require_role(who, "user", "admin")
+        missing = await self._ask_counts(who.account if who.role == "user" else "")
+        return merge(self._topology.current, self._heard, missing, self._clock.monotonic(), who)
+
+    async def shards(self, who: Principal) -> ShardsAnswer:
+        """All shards, and which of them answer. Raises ClientFault(forbidden). Safe to retry: yes."""
+        access.require_role(who, "user", "admin")
+        missing = await self._ask_counts()
+        return merge_shards(self._topology.current, self._heard, missing, self._clock.monotonic())
+
+    async def errors(self, who: Principal, hours: int) -> ErrorsAnswer:
+        """Errors by (plane, code, site) of the last hours.
+
+        Raises ClientFault (forbidden, bad_hours). Safe to retry: yes.
+        """
+        access.require_role(who, "user", "admin")
+        if not 1 <= hours <= MAX_HOURS:
+            raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
+        names = list(self._topology.current.shards)
+        call = ShardErrors(principal=who, hours=hours)
+        answers = await self._links.ask_many(
+            [(name, call) for name in names], "errors", ShardErrorsAnswer, self._deadline_s
+        )
+        heard = [answer for answer in answers if not isinstance(answer, CulmError)]
+        missing = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)]
+        return ErrorsAnswer(
+            hours=hours, errors=merge_errors(self._topology.current, heard), missing_shards=sorted(missing)
+        )
+
+    async def jobs(self, who: Principal, query: JobsQuery) -> JobsAnswer:
+        """A page of jobs. Raises ClientFault (forbidden, unknown_site, unknown_region). Safe to retry: yes."""
+        access.require_role(who, "user", "admin")
+        return await merged_jobs(lambda find: find(self._topology.current), self._links, who, query, self._deadline_s)
+
+    async def job(self, who: Principal, identifier: int) -> JobView:
+        """One job with its history. Raises ClientFault (forbidden, unknown_job, unknown_slot), Unavailable."""
+        access.require_role(who, "user", "admin")
+        place, call = self._call(who, identifier)
+        return await self._links.ask(place, "job", call, JobView, self._deadline_s)
+
+    async def why(self, who: Principal, identifier: int) -> WhyAnswer:
+        """Why a job is not running. Raises as `job`."""
+        access.require_role(who, "user", "admin")
+        place, call = self._call(who, identifier)
+        return await self._links.ask(place, "why", call, WhyAnswer, self._deadline_s)
+
+    def _call(self, who: Principal, identifier: int) -> tuple[str, ShardJob]:
+        topology, slot = self._topology.current, slot_of(identifier)
+        return topology.place(slot).shard, ShardJob(at=topology.slot(slot), principal=who, id=identifier)
+
+    async def _ask_counts(self, account: str = "") -> list[str]:
+        """Ask all, remember what they say; who gave no answer."""
+        topology = self._topology.current
+        names = list(topology.shards)
+        answers = await self._links.ask_many(
+            [(name, ShardCounts(account=account)) for name in names], "counts", ShardCountsAnswer, self._deadline_s
+        )
+        missing = []
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, CulmError):
+                missing.append(name)
+            else:
+                self._heard[name] = Heard(answer, self._clock.monotonic())
+        for gone in self._heard.keys() - topology.shards.keys():
+            del self._heard[gone]
+        return missing
