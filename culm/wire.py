@@ -545,6 +545,36 @@ class ShardJob(msgspec.Struct, frozen=True, kw_only=True):
     id: int
 
 
+class Happening(Answer, frozen=True, kw_only=True):
+    """A job has changed its state, and that is committed."""
+
+    id: int
+    slot: int
+    state: State
+    event: Event
+    attempt: int
+    owner: str
+    vo: str
+
+
+class ShardHappenings(msgspec.Struct, frozen=True, kw_only=True):
+    """What has happened after a position; generation "" asks for the present one."""
+
+    generation: str = ""
+    seq: int = 0
+    wait_s: float = 0.0
+
+
+class ShardHappeningsAnswer(Answer, frozen=True, kw_only=True):
+    """`happened` ends at `seq`. `reset`: what came after the position is not known any more; look at what is stored."""
+
+    generation: str
+    seq: int
+    reset: bool
+    happened: list[Happening]
+    at: float
+
+
 class ShardSiteWhy(msgspec.Struct, frozen=True, kw_only=True):
     """Why the pilots of a site get nothing, or little."""
 

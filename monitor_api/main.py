@@ -17,11 +17,14 @@ from culm.shard_links import ShardLinks
 from culm.tokens import Verifier
 from culm.topology_store import TopologyCache
 from culm.wire import JobsQuery, Principal
-from monitor_api.pages import Pages
+from monitor_api.live import Live
+from monitor_api.pages import COOKIE, Pages
 from monitor_api.views import Views
 
 KEYS_POLL_S: Final = 5.0
 MAX_FORM_BYTES: Final = 64 << 10
+WRITE_S: Final = 10.0
+"""So long a reader of events may take nothing."""
 
 UseCase = Callable[[Principal, web.Request], Awaitable[msgspec.Struct]]
 
@@ -44,6 +47,7 @@ class Monitor:
         self._verifier = Verifier(settings.trusted_keys_dir)
         self._https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
         self._views = Views(self._topology, self._links, settings.shard_deadline_s)
+        self._live = Live(self._topology, self._links, settings.shard_deadline_s)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Serve until `stop`."""
@@ -64,6 +68,7 @@ class Monitor:
             log.info("the monitor serves %s:%d", settings.host, settings.port)
             await stop.wait()
         finally:
+            await self._live.stop()
             await runner.cleanup()
             await loops.stop()
             await self._links.stop()
@@ -83,6 +88,7 @@ class Monitor:
                 self._get("shards", lambda who, _request: views.shards(who)),
                 self._get("errors", lambda who, request: views.errors(who, _hours(request))),
                 self._get("jobs", lambda who, request: views.jobs(who, _query(request))),
+                web.get("/v1/events", self._events),
                 *Pages(views, self._verifier, secure=secure).routes(),
             ]
         )
@@ -96,6 +102,34 @@ class Monitor:
             return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
         return web.get(f"/v1/{verb}", handle)
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """Server-sent events; a browser's EventSource shows its token by the cookie of the pages."""
+        request[service.VERB] = "events"
+        cookie = request.cookies.get(COOKIE)
+        header = request.headers.get("Authorization") or (f"Bearer {cookie}" if cookie else None)
+        who = self._verifier.verify(header)
+        last_id = request.headers.get("Last-Event-ID") or request.query.get("last_event_id", "")
+        chunks = self._live.stream(who, last_id)
+        # The first one before the answer begins: what is refused is refused with its status.
+        first = await anext(chunks)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        try:
+            await response.prepare(request)
+            await self._write(response, first)
+            async for chunk in chunks:
+                await self._write(response, chunk)
+        finally:
+            await chunks.aclose()
+        return response
+
+    async def _write(self, response: web.StreamResponse, chunk: bytes) -> None:
+        """Raises ConnectionResetError for a reader who takes nothing for a while: nobody waits for him."""
+        try:
+            async with asyncio.timeout(WRITE_S):
+                await response.write(chunk)
+        except TimeoutError:
+            raise ConnectionResetError("the reader does not read") from None
 
     async def _follow(self) -> None:
         self._topology.refresh_if_changed()

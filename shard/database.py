@@ -21,6 +21,7 @@ from pymysql.err import MySQLError
 from culm.clock import Clock, SystemClock
 from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
+from culm.wire import Happening
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
 Pool = Literal["claim", "write", "read", "user"]
@@ -74,6 +75,8 @@ class Transaction:
 
     def __init__(self, connection: "aiomysql.Connection", writer: int, statement_timeout_s: float) -> None:
         self.writer = writer
+        self.happened: list[Happening] = []
+        """To be told when this is committed."""
         self.n_done = 0
         """Statements that were answered."""
         self._connection = connection
@@ -129,6 +132,10 @@ class Database:
         self.clock: Clock = clock or SystemClock()
         self.connected_since = self.clock.monotonic()
         self.reachable = False
+        self.on_commit: Callable[[list[Happening]], None] = lambda _happened: None
+        """Called with what a transaction says has happened, right after its commit."""
+        self.on_doubt: Callable[[], None] = lambda: None
+        """Called where it is not known whether such a transaction was committed."""
         self.generation = 0
         """Of connections; one that was lost makes those of before suspect, and they are made anew."""
         self._server_began: float | None = None
@@ -224,9 +231,16 @@ class _Pool:
                 connection = await self._connect()
             transaction = Transaction(connection, writer, settings.statement_timeout_s)
             yield transaction
-            async with asyncio.timeout(settings.statement_timeout_s):
-                await connection.commit()
+            try:
+                async with asyncio.timeout(settings.statement_timeout_s):
+                    await connection.commit()
+            except BaseException:
+                if transaction.happened:
+                    self.database.on_doubt()
+                raise
             keep = True
+            if transaction.happened:
+                self.database.on_commit(transaction.happened)
         except TimeoutError:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
         except (OSError, EOFError):

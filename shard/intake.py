@@ -19,7 +19,7 @@ from culm.matching import Requirements
 from culm.priorities import default_priority
 from culm.settings import DispatchSettings
 from culm.states import Event, State, next_state
-from culm.wire import MAX_PARENT_DEPTH, JobSpec, Principal, ShardSubmit, ShardSubmitAnswer, SlotJobs
+from culm.wire import MAX_PARENT_DEPTH, Happening, JobSpec, Principal, ShardSubmit, ShardSubmitAnswer, SlotJobs
 from shard.classes import ClassRegistry
 from shard.database import Database, DuplicateKeyError, Transaction
 from shard.hints import ClassKey, Hint
@@ -147,6 +147,18 @@ class Intake:
             digests = (_digest(call, part), call.call_digest or None)
             submissions.append((slot, owner, call.key, digests[0], first_id, len(jobs), digests[1]))
             made += jobs
+        tx.happened += [
+            Happening(
+                id=job.id,
+                slot=job.key.slot,
+                state=job.state,
+                event=job.event,
+                attempt=0,
+                owner=owner,
+                vo=call.principal.vo,
+            )
+            for job in made
+        ]
         await tx.execute_rows("insert_submissions", sorted(submissions, key=lambda row: row[0]))
         await add_to_tallies(
             tx, Counter((job.key.slot, job.state, call.principal.vo) for job in made), Counter({owner: len(made)})

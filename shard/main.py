@@ -16,6 +16,7 @@ from shard.classes import ClassRegistry
 from shard.database import Database
 from shard.dispatch import Dispatcher, DispatchParts
 from shard.dispatch_queue import DispatchQueue
+from shard.happenings import Happenings
 from shard.hints import Hint, Notices
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
@@ -46,6 +47,9 @@ class Shard:
         self.settings = settings
         self.topology = TopologyCache(settings.topology_dir, settings.authority)
         self.database = Database(settings.database)
+        self.happenings = Happenings()
+        self.database.on_commit = self.happenings.add
+        self.database.on_doubt = self.happenings.doubt
         self.classes = ClassRegistry()
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
         self.ownership = Ownership(settings.name, self.database, self._fresh_topology)
@@ -66,6 +70,7 @@ class Shard:
             self.dispatcher,
             self.lifecycle,
             why,
+            self.happenings,
         )
         self.verbs = Verbs(cases)
         self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)

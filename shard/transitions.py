@@ -13,7 +13,7 @@ from typing import Final
 
 from culm.errors import Moved
 from culm.states import FINAL, LEASED, TRANSITIONS, Event, State, next_state
-from culm.wire import JobError, SlotRef
+from culm.wire import Happening, JobError, SlotRef
 from shard.database import ChangedUnderfootError, Row, Transaction
 from shard.hints import ClassKey, Hint
 
@@ -155,6 +155,7 @@ async def apply(tx: Transaction, changes: Sequence[Change]) -> list[Hint]:
         if target in FINAL:
             owners[job.owner] -= 1
     await add_to_tallies(tx, tally, owners)
+    tx.happened += [_happening(change, target) for change, target in zip(changes, targets, strict=True)]
     await _count_errors(tx, [change for change, target in zip(changes, targets, strict=True) if target is State.FAILED])
     return [c.job.hint for c, target in zip(changes, targets, strict=True) if target is State.ACTIVATED]
 
@@ -208,6 +209,19 @@ def _row(change: Change, target: State) -> tuple[object, ...]:
         error.plane if error else None,
         error.code if error else None,
         error.text if error else None,
+    )
+
+
+def _happening(change: Change, target: State) -> Happening:
+    job = change.job
+    return Happening(
+        id=job.id,
+        slot=job.slot,
+        state=target,
+        event=change.event,
+        attempt=job.attempt if change.attempt is None else change.attempt,
+        owner=job.owner,
+        vo=job.vo,
     )
 
 

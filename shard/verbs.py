@@ -16,6 +16,7 @@ from culm.wire import (
     ShardDepths,
     ShardErrors,
     ShardGetJob,
+    ShardHappenings,
     ShardHeartbeat,
     ShardJob,
     ShardJobs,
@@ -28,6 +29,7 @@ from culm.wire import (
 from shard import reads
 from shard.database import Database
 from shard.dispatch import Dispatcher
+from shard.happenings import Happenings
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
 from shard.why import Why
@@ -49,6 +51,7 @@ class UseCases:
     dispatcher: Dispatcher
     lifecycle: Lifecycle
     why: Why
+    happenings: Happenings
 
 
 class Verbs:
@@ -68,6 +71,7 @@ class Verbs:
             "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
+            "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, lambda call: reads.read_counts(database, cases.name, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),

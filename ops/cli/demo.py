@@ -144,7 +144,9 @@ def _summary(layout: Layout, states: Counter[State], took_s: float) -> None:
     out = console()
     told = ", ".join(f"{n} {state.value}" for state, n in sorted(states.items()))
     out.print(f"{sum(states.values())} jobs: {told}, in {took_s:.1f} s")
-    out.print(f"router  {layout.router_url}\nmonitor {layout.monitor_url}/v1/counts")
+    out.print(
+        f"router  {layout.router_url}\nmonitor {layout.monitor_url}, for a browser with a token (culm token issue)"
+    )
     out.print(
         "Try next:",
         _command(layout.folder, "job list"),
