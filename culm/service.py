@@ -153,8 +153,9 @@ def refusal(
     body = error_body(error)
     headers = {}
     if body.retry_after_s is not None:
-        jittered = body.retry_after_s * (1 + random.uniform(0, RETRY_JITTER))  # noqa: S311  # spreads load, no secret
-        body = msgspec.structs.replace(body, retry_after_s=round(jittered, 3))
+        # Rounded first: header and body must not fall on two sides of a half.
+        jittered = round(body.retry_after_s * (1 + random.uniform(0, RETRY_JITTER)), 3)  # noqa: S311  # no secret
+        body = msgspec.structs.replace(body, retry_after_s=jittered)
         headers["Retry-After"] = str(max(1, round(jittered)))
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"

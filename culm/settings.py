@@ -170,6 +170,17 @@ class DispatchSettings(Settings, frozen=True, kw_only=True):
     """How long the breaker stays open before Redis is tried again."""
 
 
+class ArchiveSettings(Settings, frozen=True, kw_only=True):
+    """When jobs that ended leave the hot tables."""
+
+    after_s: Annotated[float, Meta(ge=0, le=1e9)] = 259_200.0
+    """So long after they ended; PanDA's three days. 0: never."""
+    batch: Annotated[int, Meta(ge=1, le=1000)] = 200
+    """Jobs in one transaction."""
+    interval_s: Seconds = 1.0
+    """Between two batches of a slot."""
+
+
 class ShardSettings(Settings, frozen=True, kw_only=True):
     """One shard: the server of one partition."""
 
@@ -193,6 +204,8 @@ class ShardSettings(Settings, frozen=True, kw_only=True):
     """How long a job may stay silent."""
     dispatch: DispatchSettings = DispatchSettings()
     """The dispatch queue and the claim batches."""
+    archive: ArchiveSettings = ArchiveSettings()
+    """When jobs that ended leave the hot tables."""
     topology_poll_s: Seconds = 0.5
     """How often the topology is looked at for a newer epoch."""
     stop_s: Seconds = 10.0

@@ -658,6 +658,50 @@ class ShardErrorsAnswer(Answer, frozen=True, kw_only=True):
     errors: list[ErrorCount]
 
 
+class ArchivePartition(Answer, frozen=True, kw_only=True):
+    """A part of a shard's archive: what ended before a date, and not before the date of the part before it."""
+
+    name: str
+    before: str
+    """YYYY-MM-DD, UTC."""
+    n_jobs: int
+    n_rows_estimated: int
+    n_bytes: int
+
+
+class ShardArchive(msgspec.Struct, frozen=True, kw_only=True):
+    """Move a batch of what ended longer ago than `older_s` (None: nothing), or drop a partition by name."""
+
+    principal: Principal
+    older_s: float | None = None
+    drop: str = ""
+
+
+class ShardArchiveAnswer(Answer, frozen=True, kw_only=True):
+    """What was moved or dropped, and the partitions after it."""
+
+    shard: str
+    n_moved: int = 0
+    n_dropped: int = 0
+    partitions: list[ArchivePartition] = []
+
+
+class ArchiveRequest(Request, frozen=True, kw_only=True):
+    """Move a batch of old jobs on every shard of this authority, or drop a partition on one of them or on all."""
+
+    older_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    drop: OptionalName = ""
+    shard: OptionalName = ""
+    """"" for all of this authority."""
+
+
+class ArchiveAnswer(Answer, frozen=True, kw_only=True):
+    """Per shard."""
+
+    shards: list[ShardArchiveAnswer]
+    missing_shards: list[str] = []
+
+
 class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     """From the tallies, at the database's time `at`."""
 
@@ -666,6 +710,8 @@ class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     counts: list[SlotCount]
     owners: dict[str, int] = {}
     """Jobs that are not final, of the accounts with the most of them."""
+    archived: list[SlotCount] = []
+    """What has left the hot tables; not among `counts`."""
 
 
 class CountsAnswer(Answer, frozen=True, kw_only=True):
@@ -678,6 +724,8 @@ class CountsAnswer(Answer, frozen=True, kw_only=True):
     """Age in seconds of what is shown of each shard that was ever heard."""
     missing_shards: list[str] = []
     by_vo: dict[str, dict[str, int]] = {}
+    archived: dict[str, int] = {}
+    """Jobs in the archive by state; not among the others."""
     active_by_owner: dict[str, int] = {}
     """Jobs that are not final, of the accounts with the most of them."""
 

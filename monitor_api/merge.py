@@ -48,6 +48,7 @@ def merge(
     by_site: dict[str, Counter[str]] = {}
     by_vo: dict[str, Counter[str]] = {}
     owners: Counter[str] = Counter()
+    archived: Counter[str] = Counter()
     for one in heard.values():
         for count in one.answer.counts:
             if who.role == "user" and count.vo != who.vo:
@@ -57,6 +58,9 @@ def merge(
             by_region.setdefault(region, Counter())[count.state] += count.n_jobs
             by_site.setdefault(site, Counter())[count.state] += count.n_jobs
             by_vo.setdefault(count.vo, Counter())[count.state] += count.n_jobs
+        for count in one.answer.archived:
+            if who.role != "user" or count.vo == who.vo:
+                archived[count.state] += count.n_jobs
         owners.update(one.answer.owners)
     shown = owners.most_common(MAX_OWNERS)
     if who.role == "user":
@@ -69,6 +73,7 @@ def merge(
         missing_shards=sorted(missing),
         by_vo=_sorted(by_vo),
         active_by_owner=dict(shown),
+        archived=dict(archived),
     )
 
 

@@ -55,6 +55,9 @@ RULES: Final[dict[str, tuple[str, tuple[tuple[State, ...], ...]]]] = {
     "chain_broken": ("I7", ()),
     "state_not_of_last_event": ("I7", ()),
     "tally_differs": ("I11", ()),
+    "archive_tally_differs": ("I11", ()),
+    "archived_and_hot": ("I1", ()),
+    "archived_not_final": ("I7", (_FINAL,)),
     "owner_tally_differs": ("I11", (_FINAL,)),
 }
 """Block of audit.sql -> the invariant that it checks, and its arguments before the limit."""
@@ -130,7 +133,7 @@ async def _read_facts(tx: Transaction, facts: _Facts) -> None:
     await tx.execute("snapshot_isolation")
     await tx.execute("begin_snapshot")
     facts.n_jobs = {slot: n for slot, n, _, _ in await tx.fetch("totals")}
-    facts.states = Counter(dict[str, int](await tx.fetch("states")))
+    facts.states = Counter({state: int(n) for state, n in await tx.fetch("states")})
     facts.open = dict[int, int](await tx.fetch("open_slots"))
     for rule, (invariant, arguments) in RULES.items():
         for subject, text in await tx.fetch(rule, *arguments, MAX_FINDINGS):

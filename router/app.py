@@ -15,6 +15,7 @@ from culm.settings import RouterSettings
 from culm.tokens import Verifier
 from culm.wire import (
     MAX_BODY_BYTES,
+    ArchiveRequest,
     CancelRequest,
     GetJobAnswer,
     GetJobRequest,
@@ -25,6 +26,7 @@ from culm.wire import (
     SubmitRequest,
 )
 from router import dialects, door, peers, pilots, registry, users, why
+from router.archive import archive
 from router.forward import Forward
 from router.submit import submit
 
@@ -54,6 +56,7 @@ class Front:
                 self._post("heartbeat", HeartbeatRequest, lambda who, body: pilots.heartbeat(forward, who, body)),
                 self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
+                self._post("archive", ArchiveRequest, lambda who, body: archive(forward, home.authority, who, body)),
                 self._post("sites", SitesRequest, lambda who, body: registry.register(home, who, body)),
                 self._post("queue", QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
                 self._post("shard", ShardRequest, lambda who, body: registry.join(home, forward.links, who, body)),

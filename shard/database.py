@@ -8,6 +8,7 @@ the tally tables, so that no two open transactions share a tally row.
 import asyncio
 import contextlib
 import logging
+import re
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ _SESSION: Final = (
     "SET SESSION time_zone = '+00:00', SESSION innodb_lock_wait_timeout = 3, SESSION sql_notes = 0, "
     "SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO'"
 )
+_WORD: Final = re.compile(r"[\w-]{1,32}")
 _ISOLATION: Final = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
 """A statement of its own: the name of the variable differs between MariaDB 10.11 and MySQL 9."""
 _UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
@@ -106,6 +108,18 @@ class Transaction:
         if not rows:
             return 0
         return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
+
+    async def alter(self, name: str, /, **words: str) -> None:
+        """Run a statement whose `:word`s are identifiers or dates, which cannot be parameters. It commits by itself.
+
+        Raises Bug for a word that is more than letters, digits, _ and -.
+        """
+        text = self._statements[name].head
+        for key, word in words.items():
+            if not _WORD.fullmatch(word):
+                raise Bug(f"{word!r} cannot be a part of {name}")
+            text = text.replace(f":{key}", word)
+        await self._run(text, ())
 
     async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:

@@ -7,12 +7,12 @@ data side gets the present state, if the job's history has it.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
 
 import msgspec
 
 from culm import access
-from culm.errors import ClientFault, Conflict
+from culm.errors import ClientFault, Conflict, CulmError
 from culm.ids import slot_of
 from culm.settings import Timeouts
 from culm.states import FINAL, LEASED, PILOT_EVENTS, TRANSITIONS, UNREADY, Event, State, next_state
@@ -31,6 +31,7 @@ from culm.wire import (
     ShardReport,
     SlotRef,
 )
+from shard.archive import ArchivedJob, find_archived
 from shard.database import Database, Transaction
 from shard.hints import Hint, Notices
 from shard.ownership import Ownership
@@ -150,6 +151,8 @@ class Lifecycle:
         await lock_slots(tx, [call.at])
         request = call.request
         locked = await lock_jobs(tx, [request.id])
+        if request.id not in locked.jobs:
+            raise await _late(tx, call.principal, request.id, request.attempt)
         job, lease = _leased_to(locked, call.principal, request.id, (request.attempt, request.lease_token))
         state = job.state
         event = PILOT_EVENTS[request.state]
@@ -172,6 +175,8 @@ class Lifecycle:
         first = await _first_answer(tx, request)
         if first is not None:
             return first, []
+        if request.id not in locked.jobs:
+            raise await _late(tx, call.principal, request.id, request.attempt)
         job, lease = _leased_to(locked, call.principal, request.id, (request.attempt, request.lease_token))
         event = PILOT_EVENTS[request.state or State.SENT]
         if event is Event.RELEASE and job.cancel_requested:
@@ -186,7 +191,7 @@ class Lifecycle:
         locked = await lock_jobs(tx, [request.id])
         job = locked.jobs.get(request.id)
         if job is None:
-            raise _unknown(request.id)
+            return await _late_data(tx, call, event), []
         if not access.may_speak_for_data(call.principal, **_of(job)):
             raise access.forbidden("only the data side (role production) of the job's VO may say this")
         if await _is_repeat(tx, job, event):
@@ -231,14 +236,17 @@ class Lifecycle:
         """The outcome of each, and the hints of those that were ready."""
         await lock_slots(tx, self._slots_of(ids))
         locked = await lock_jobs(tx, ids)
-        outcomes = {identifier: _cancel_outcome(principal, locked.jobs.get(identifier)) for identifier in ids}
+        missing = [identifier for identifier in ids if identifier not in locked.jobs]
+        archived = await find_archived(tx, missing) if missing else {}
+        known = locked.jobs | {identifier: _archived_job(one) for identifier, one in archived.items()}
+        outcomes = {identifier: _cancel_outcome(principal, known.get(identifier)) for identifier in ids}
         requested = tuple(i for i, outcome in outcomes.items() if outcome == "requested")
         if requested:
             await tx.execute("request_cancel", requested)
         ended = [locked.jobs[i] for i, outcome in outcomes.items() if outcome == _CANCELLED]
         await apply(tx, [Change(job=job, event=Event.CANCEL, actor=principal.account) for job in ended])
         told = [
-            CancelledJob(id=i, outcome=outcome, state=_state_after(outcome, locked.jobs.get(i)))
+            CancelledJob(id=i, outcome=outcome, state=_state_after(outcome, known.get(i)))
             for i, outcome in outcomes.items()
         ]
         return told, [job.hint for job in ended if job.state is State.ACTIVATED]
@@ -287,11 +295,7 @@ def _leased_to(locked: Locked, principal: Principal, identifier: int, held: tupl
     if not access.allows_queue(principal, job.queue, authority_of_slot(job.slot)):
         raise access.forbidden(f"the token is not scoped for the computing queue {job.queue}")
     if lease is None or (lease.attempt, lease.token) != held:
-        raise Conflict(
-            "lease_lost",
-            f"attempt {held[0]} of job {identifier} holds no lease",
-            details={"state": job.state, "attempt": job.attempt},
-        )
+        raise _lease_lost(job, held[0])
     return job, lease
 
 
@@ -300,19 +304,83 @@ async def _is_repeat(tx: Transaction, job: Job, event: Event) -> bool:
 
     No event of the data side happens twice in the life of a job, so what stands in the history was said before.
     """
-    if any(target is job.state and e is event for (_, e), target in TRANSITIONS.items()):
+    if _leads_to(event, job.state):
         return True
     return (job.state, event) not in TRANSITIONS and bool(await tx.fetch("find_event", job.id, event))
 
 
 async def _first_answer(tx: Transaction, request: ReportRequest) -> ReportAnswer | None:
-    rows = await tx.fetch("find_report", request.id, request.attempt)
+    rows: Sequence[Sequence[Any]] = await tx.fetch("find_report", request.id, request.attempt)
+    if not rows:
+        archived = (await find_archived(tx, [request.id])).get(request.id)
+        reports = archived.reports if archived is not None else []
+        rows = [(one[4], one[2]) for one in reports if one[0] == request.attempt]
     if not rows:
         return None
     token, state = rows[0]
     if token != request.lease_token:
         raise Conflict("lease_lost", f"attempt {request.attempt} of job {request.id} was reported by its holder")
     return ReportAnswer(id=request.id, attempt=request.attempt, state=State(state))
+
+
+async def _late(tx: Transaction, principal: Principal, identifier: int, attempt: int) -> CulmError:
+    """What a pilot is told that speaks of a job which is not in the hot tables: as if it still were."""
+    archived = (await find_archived(tx, [identifier])).get(identifier)
+    if archived is None:
+        return _unknown(identifier)
+    job = _archived_job(archived)
+    if not access.allows_queue(principal, job.queue, authority_of_slot(job.slot)):
+        return access.forbidden(f"the token is not scoped for the computing queue {job.queue}")
+    return _lease_lost(job, attempt)
+
+
+async def _late_data(tx: Transaction, call: ShardReport, event: Event) -> ReportAnswer:
+    """The data side speaks of an archived job: a repeat gets its state, else it raises as for a hot one."""
+    identifier = call.request.id
+    archived = (await find_archived(tx, [identifier])).get(identifier)
+    if archived is None:
+        raise _unknown(identifier)
+    job = _archived_job(archived)
+    if not access.may_speak_for_data(call.principal, **_of(job)):
+        raise access.forbidden("only the data side (role production) of the job's VO may say this")
+    if event in {one[2] for one in archived.events} or _leads_to(event, job.state):
+        return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state)
+    raise Conflict("bad_transition", f"{event} is not possible for a job that is {job.state}")
+
+
+def _archived_job(archived: ArchivedJob) -> Job:
+    """The part that decides who may do what; it is final, so nothing of it can change."""
+    row = archived.row
+    return Job(
+        id=row[0],
+        slot=row[1],
+        class_id=0,
+        state=State(row[2]),
+        version=0,
+        attempt=row[10],
+        lost=row[22],
+        max_attempts=row[11],
+        priority=row[9],
+        owner=row[5],
+        cancel_requested=bool(row[18]),
+        queue=row[3],
+        pilot=row[16],
+        host=row[17],
+        vo=row[6],
+        working_group=row[7],
+    )
+
+
+def _lease_lost(job: Job, attempt: int) -> Conflict:
+    return Conflict(
+        "lease_lost",
+        f"attempt {attempt} of job {job.id} holds no lease",
+        details={"state": job.state, "attempt": job.attempt},
+    )
+
+
+def _leads_to(event: Event, state: State) -> bool:
+    return any(target is state and e is event for (_, e), target in TRANSITIONS.items())
 
 
 def _check_report(call: ShardReport) -> None:

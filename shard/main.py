@@ -11,6 +11,7 @@ from culm.link import LinkServer
 from culm.settings import ShardSettings
 from culm.topology import Topology
 from culm.topology_store import TopologyCache
+from shard.archive import Archive
 from shard.askers import Askers
 from shard.classes import ClassRegistry
 from shard.database import Database
@@ -61,6 +62,7 @@ class Shard:
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
         self.intake = Intake(self.database, self.classes, self.ownership, settings.dispatch, self._announce)
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
+        self.archive = Archive(self.database, self.ownership, settings.archive)
         why = Why(self.database, self.classes, self.askers)
         cases = UseCases(
             settings.name,
@@ -71,6 +73,7 @@ class Shard:
             self.lifecycle,
             why,
             self.happenings,
+            self.archive,
         )
         self.verbs = Verbs(cases)
         self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)
@@ -119,6 +122,7 @@ class Shard:
         self._loops.every(self.settings.topology_poll_s, "ownership", self.ownership.adopt)
         self._loops.every(0.01, "refill", self.refill.turn)
         self._loops.every(dispatch.sweep_interval_s, "sweep", self._sweep)
+        self._loops.every(self.settings.archive.interval_s, "archive", self.archive.turn)
         self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)

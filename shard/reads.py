@@ -1,6 +1,7 @@
 """Reads: one job whole, pages of jobs, counts from the tallies."""
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import msgspec
 
@@ -29,6 +30,7 @@ from culm.wire import (
     ShardJobs,
     SlotCount,
 )
+from shard.archive import find_archived
 from shard.database import Database, Row
 
 _SPEC: Final = msgspec.msgpack.Decoder(JobSpec)
@@ -47,24 +49,63 @@ MAX_REPORTS: Final = 50
 
 
 async def read_job(database: Database, topology: Topology, call: ShardJob) -> JobView:
-    """One job with its history. Raises ClientFault(unknown_job), also for what the caller may not see; Unavailable."""
-    rows = await database.run("user", lambda tx: tx.fetch("read_job", (call.id,)))
-    if not rows or not access.may_read(
-        call.principal, vo=rows[0][6], owner=rows[0][5], authority=authority_of_slot(rows[0][1])
-    ):
-        raise ClientFault("unknown_job", f"job {call.id} is not known", http_status=404)
-    spec = await database.run("user", lambda tx: tx.fetch("read_spec", call.id))
-    events = await database.run("user", lambda tx: tx.fetch("read_events", call.id, MAX_EVENTS))
-    reports = await database.run("user", lambda tx: tx.fetch("read_reports", call.id, MAX_REPORTS))
-    n_reports = await database.run("user", lambda tx: tx.fetch("count_reports", call.id))
+    """One job with its history, hot or archived.
+
+    Raises ClientFault(unknown_job), also for what the caller may not see; Unavailable.
+    """
+    rows = await _fetch(database, "read_job", (call.id,))
+    if not rows:
+        return await _read_archived(database, topology, call)
+    _require_readable(call, rows[0])
+    spec = await _fetch(database, "read_spec", call.id)
+    events = await _fetch(database, "read_events", call.id, MAX_EVENTS)
+    reports = await _fetch(database, "read_reports", call.id, MAX_REPORTS)
+    n_reports = await _fetch(database, "count_reports", call.id)
+    if not spec:
+        moved = await database.run("user", lambda tx: find_archived(tx, [call.id]))
+        if moved:
+            # It went into the archive between these looks.
+            return await _read_archived(database, topology, call)
+    return _view(topology, rows[0], spec[0][0] if spec else b"", (events[::-1], reports[::-1]), n_reports[0][0])
+
+
+async def _read_archived(database: Database, topology: Topology, call: ShardJob) -> JobView:
+    found = await database.run("user", lambda tx: find_archived(tx, [call.id]))
+    if call.id not in found:
+        # It may have gone into the archive between the two looks, but not out of it.
+        raise unknown(call.id)
+    one = found[call.id]
+    _require_readable(call, one.row)
+    return _view(topology, one.row, one.spec, (one.events[-MAX_EVENTS:], one.reports[-MAX_REPORTS:]), len(one.reports))
+
+
+def _require_readable(call: ShardJob, row: Sequence[Any]) -> None:
+    if not access.may_read(call.principal, vo=row[6], owner=row[5], authority=authority_of_slot(row[1])):
+        raise unknown(call.id)
+
+
+def unknown(identifier: int) -> ClientFault:
+    """The error for a job that is not there, or not for the caller to see."""
+    return ClientFault("unknown_job", f"job {identifier} is not known", http_status=404)
+
+
+def _view(
+    topology: Topology,
+    row: Sequence[Any],
+    spec: bytes,
+    told: tuple[Sequence[Sequence[Any]], Sequence[Sequence[Any]]],
+    n_reports: int,
+) -> JobView:
+    """From rows, events and reports oldest first."""
+    events, reports = told
     return JobView(
-        job=_job_row(rows[0], topology),
-        spec=_SPEC.decode(spec[0][0]) if spec else JobSpec(),
-        history=[_event(row) for row in reversed(events)],
-        reports=[_report(row) for row in reversed(reports)],
+        job=_job_row(row, topology),
+        spec=_SPEC.decode(spec) if spec else JobSpec(),
+        history=[_event(one) for one in events],
+        reports=[_report(one) for one in reports],
         # Events are numbered from 1 without gaps.
-        events_left_out=events[-1][0] - 1 if events else 0,
-        reports_left_out=max(0, n_reports[0][0] - len(reports)),
+        events_left_out=events[0][0] - 1 if events else 0,
+        reports_left_out=max(0, n_reports - len(reports)),
     )
 
 
@@ -78,38 +119,66 @@ async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> 
     query = call.query
     found: list[int] = []
     following: int | None = None
-    for (find_stop, find_ids), key, first, last in _ranges(call):
-        stop = await _fetch(database, find_stop, *key, first, last, MAX_EXAMINED - 1)
-        until = stop[0][0] if stop else last
+    for statements, key, first, last in _ranges(call):
+        stops = [await _fetch(database, stop, *key, first, last, MAX_EXAMINED - 1) for stop, _ in statements]
+        until = min((stop[0][0] for stop in stops if stop), default=last)
         wanted = query.limit + 1 - len(found)
-        found += [row[0] for row in await _fetch(database, find_ids, *key, first, until, *_filters(call), wanted)]
+        ids: set[int] = set()
+        for _, listed in statements:
+            rows = await _fetch(database, listed, *key, first, until, *_filters(call), wanted)
+            ids.update(row[0] for row in rows)
+        found += sorted(ids)[:wanted]
         if len(found) > query.limit:
             found.pop()
             following = found[-1]
             break
-        if stop:
+        if any(stops):
             following = until
             break
-    rows = await _fetch(database, "read_job", tuple(found)) if found else []
-    return JobsAnswer(jobs=[_job_row(row, topology) for row in rows], next=following)
+    return JobsAnswer(jobs=await _rows_of(database, topology, found), next=following)
+
+
+async def _rows_of(database: Database, topology: Topology, ids: Sequence[int]) -> list[JobRow]:
+    """In the order of the id, from wherever each is now."""
+    if not ids:
+        return []
+    rows: dict[int, Sequence[Any]] = {row[0]: row for row in await _fetch(database, "read_job", tuple(ids))}
+    rest = [identifier for identifier in ids if identifier not in rows]
+    if rest:
+        archived = await database.run("user", lambda tx: find_archived(tx, rest))
+        rows |= {identifier: one.row for identifier, one in archived.items()}
+    return [_job_row(rows[identifier], topology) for identifier in ids if identifier in rows]
 
 
 async def _fetch(database: Database, name: str, *arguments: object) -> list[Row]:
     return await database.run("user", lambda tx: tx.fetch(name, *arguments))
 
 
-def _ranges(call: ShardJobs) -> list[tuple[tuple[str, str], tuple[object, ...], int, int]]:
+_Statements = tuple[tuple[str, str], tuple[str, str]]
+"""Of the hot table and of the archive: the one that finds the last row to look at, the one that lists."""
+_BY_ID: Final[_Statements] = (("stop_by_id", "list_by_id"), ("stop_archived_by_id", "list_archived_by_id"))
+_BY_OWNER: Final[_Statements] = (
+    ("stop_by_owner", "list_by_owner"),
+    ("stop_archived_by_owner", "list_archived_by_owner"),
+)
+_BY_JOBSET: Final[_Statements] = (
+    ("stop_by_jobset", "list_by_jobset"),
+    ("stop_archived_by_jobset", "list_archived_by_jobset"),
+)
+
+
+def _ranges(call: ShardJobs) -> list[tuple[_Statements, tuple[object, ...], int, int]]:
     """The statements of the index to go by, its key, and the ids to look at, in their order."""
     query = call.query
     first, last = query.after + 1, MAX_JOB_ID
     if query.jobset is not None:
-        return [(("stop_by_jobset", "list_by_jobset"), (query.jobset,), first, last)]
+        return [(_BY_JOBSET, (query.jobset,), first, last)]
     if query.owner:
-        return [(("stop_by_owner", "list_by_owner"), (query.owner,), first, last)]
+        return [(_BY_OWNER, (query.owner,), first, last)]
     ranges = [id_range(slot) for slot in sorted(call.slots)] or [(first, last)]
     if len(ranges) > MAX_RANGES:
         ranges = [(ranges[0][0], ranges[-1][1])]
-    return [(("stop_by_id", "list_by_id"), (), max(first, low), high) for low, high in ranges if high >= first]
+    return [(_BY_ID, (), max(first, low), high) for low, high in ranges if high >= first]
 
 
 def _filters(call: ShardJobs) -> tuple[object, ...]:
@@ -156,24 +225,29 @@ async def read_counts(database: Database, shard: str, call: ShardCounts) -> Shar
     if call.account:
         [[n_own]] = await _fetch(database, "owner_count", call.account)
         owners = [*owners, *([(call.account, n_own)] if n_own else [])]
-    counts = [SlotCount(slot=row[0], state=State(row[1]), vo=row[2], n_jobs=int(row[3])) for row in rows if row[3]]
+    archived = await _fetch(database, "archived_counts")
     return ShardCountsAnswer(
         shard=shard,
         at=now[0][0] / _MICROSECONDS,
-        counts=counts,
+        counts=_slot_counts(rows),
         owners={owner: int(n_jobs) for owner, n_jobs in owners},
+        archived=_slot_counts(archived),
     )
+
+
+def _slot_counts(rows: Sequence[Row]) -> list[SlotCount]:
+    return [SlotCount(slot=row[0], state=State(row[1]), vo=row[2], n_jobs=int(row[3])) for row in rows if row[3]]
 
 
 async def read_depths(database: Database, call: ShardDepths) -> ShardDepthsAnswer:
     """How deep jobs lie in their chains of parents; unknown ones are missing. Raises Unavailable."""
     if not call.ids:
         return ShardDepthsAnswer(depths={})
-    rows = await database.run("read", lambda tx: tx.fetch("read_depths", tuple(call.ids)))
+    rows = await database.run("read", lambda tx: tx.fetch("read_depths", tuple(call.ids), tuple(call.ids)))
     return ShardDepthsAnswer(depths={row[0]: row[1] for row in rows})
 
 
-def _job_row(row: Row, topology: Topology) -> JobRow:
+def _job_row(row: Sequence[Any], topology: Topology) -> JobRow:
     slot = slot_of(row[0])
     return JobRow(
         id=row[0],
@@ -201,7 +275,7 @@ def _job_row(row: Row, topology: Topology) -> JobRow:
     )
 
 
-def _event(row: Row) -> JobEvent:
+def _event(row: Sequence[Any]) -> JobEvent:
     return JobEvent(
         n=row[0],
         at=row[1] / _MICROSECONDS,
@@ -214,7 +288,7 @@ def _event(row: Row) -> JobEvent:
     )
 
 
-def _report(row: Row) -> AttemptReport:
+def _report(row: Sequence[Any]) -> AttemptReport:
     body = _REPORT.decode(row[3])
     return AttemptReport(
         attempt=row[0],

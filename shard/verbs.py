@@ -7,10 +7,12 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from culm import telemetry
+from culm import access, telemetry
 from culm.errors import ClientFault, CulmError
 from culm.topology import Topology
 from culm.wire import (
+    ShardArchive,
+    ShardArchiveAnswer,
     ShardCancel,
     ShardCounts,
     ShardDepths,
@@ -27,6 +29,7 @@ from culm.wire import (
     ShardSubmit,
 )
 from shard import reads
+from shard.archive import Archive
 from shard.database import Database
 from shard.dispatch import Dispatcher
 from shard.happenings import Happenings
@@ -52,6 +55,7 @@ class UseCases:
     lifecycle: Lifecycle
     why: Why
     happenings: Happenings
+    archive: Archive
 
 
 class Verbs:
@@ -71,6 +75,7 @@ class Verbs:
             "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
+            "archive": _entry(ShardArchive, self._archive),
             "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, lambda call: reads.read_counts(database, cases.name, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
@@ -104,6 +109,15 @@ class Verbs:
         if verb == "get_job":
             call = _GET_JOB.decode(body)
             self._cases.dispatcher.hand_back(call.subject, call.request_id)
+
+    async def _archive(self, call: ShardArchive) -> ShardArchiveAnswer:
+        access.require_role(call.principal, "admin")
+        archive = self._cases.archive
+        n_moved = await archive.move(call.older_s) if call.older_s is not None else 0
+        n_dropped = await archive.drop(call.drop, call.principal.account) if call.drop else 0
+        return ShardArchiveAnswer(
+            shard=self._cases.name, n_moved=n_moved, n_dropped=n_dropped, partitions=await archive.partitions()
+        )
 
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)

@@ -16,6 +16,7 @@ from culm.matching import Offer, Refusal, Requirements, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
 from culm.wire import QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
+from shard.archive import find_archived
 from shard.askers import WINDOW_S, Askers
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
@@ -71,7 +72,7 @@ class Why:
 
     async def job(self, topology: Topology, call: ShardJob) -> WhyAnswer:
         """Why a job is not running. Raises ClientFault(unknown_job), Unavailable. Safe to retry: yes."""
-        rows = await self._fetch("read_place", call.id)
+        rows = await self._fetch("read_place", call.id) or await self._archived(call.id)
         if not rows or not access.may_read(
             call.principal, vo=rows[0][5], owner=rows[0][4], authority=authority_of_slot(rows[0][0])
         ):
@@ -197,6 +198,15 @@ class Why:
             n_given=askers.n_given(name),
             refused=told,
         )
+
+    async def _archived(self, identifier: int) -> list[Row]:
+        """The columns of `read_place` of a job that has ended long ago."""
+        found = (await self._database.run("user", lambda tx: find_archived(tx, [identifier]))).get(identifier)
+        if found is None:
+            return []
+        row = found.row
+        ended = (row[10], row[22], row[11], row[15], row[16], row[17], row[19], row[20], row[21], row[18])
+        return [(row[1], 0, row[2], row[3], row[5], row[6], row[9], *ended)]
 
     async def _fetch(self, statement: str, identifier: int) -> list[Row]:
         return await self._database.run("user", lambda tx: tx.fetch(statement, identifier))

@@ -14,7 +14,8 @@ START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY
 SELECT slot, COUNT(*), MIN(id), MAX(id) FROM job GROUP BY slot
 
 -- name: states
-SELECT state, COUNT(*) FROM job GROUP BY state
+SELECT state, SUM(n) FROM (SELECT state, COUNT(*) AS n FROM job GROUP BY state
+    UNION ALL SELECT state, COUNT(*) FROM archive_job GROUP BY state) AS both_counts GROUP BY state
 
 -- name: open_slots
 SELECT slot, epoch FROM slot WHERE state = 'open'
@@ -30,23 +31,28 @@ SELECT id FROM ready WHERE id IN %s
 
 -- ---- I1, I9: what was accepted is here, and nothing else
 
+-- Of what was submitted before the end of a part of the archive that was dropped nothing is known any more.
 -- name: submission_incomplete
 SELECT first_id, CONCAT('a submit of ', n, ' jobs has ', n_jobs) FROM (
-    SELECT submission.first_id, submission.n, COUNT(job.id) AS n_jobs
-    FROM submission LEFT JOIN job ON job.id BETWEEN submission.first_id AND submission.first_id + submission.n - 1
-    GROUP BY submission.slot, submission.owner, submission.idem_key, submission.first_id, submission.n) AS accepted
+    SELECT first_id, n,
+        (SELECT COUNT(*) FROM job WHERE job.id BETWEEN first_id AND first_id + n - 1)
+        + (SELECT COUNT(*) FROM archive_job WHERE archive_job.id BETWEEN first_id AND first_id + n - 1) AS n_jobs
+    FROM submission
+    WHERE submission.at >= COALESCE((SELECT MAX(before_at) FROM archive_dropped), '1970-01-01')) AS accepted
 WHERE n_jobs <> n LIMIT %s
 
 -- With every submit complete, a surplus is made of jobs that nobody submitted.
 -- name: job_never_submitted
 SELECT slot, CONCAT(SUM(n_jobs), ' jobs, ', SUM(n_accepted), ' accepted') FROM (
     SELECT slot, COUNT(*) AS n_jobs, 0 AS n_accepted FROM job GROUP BY slot
+    UNION ALL SELECT slot, COUNT(*), 0 FROM archive_job GROUP BY slot
     UNION ALL SELECT slot, 0, SUM(n) FROM submission GROUP BY slot) AS both_counts
 GROUP BY slot HAVING SUM(n_jobs) > SUM(n_accepted) LIMIT %s
 
 -- name: number_may_come_twice
 SELECT newest.id, CONCAT('the next number of slot ', newest.slot, ' is ', COALESCE(slot_sequence.next_seq, 0))
-FROM (SELECT slot, MAX(id) AS id FROM job GROUP BY slot) AS newest
+FROM (SELECT slot, MAX(id) AS id FROM (SELECT slot, id FROM job UNION ALL SELECT slot, id FROM archive_job) AS all_ids
+    GROUP BY slot) AS newest
 LEFT JOIN slot_sequence ON slot_sequence.slot = newest.slot
 WHERE slot_sequence.next_seq IS NULL OR slot_sequence.next_seq <= MOD(newest.id, 549755813888) LIMIT %s
 
@@ -141,6 +147,18 @@ SELECT slot, CONCAT(state, ' of VO ', vo, ': the tally says ', SUM(tallied), ', 
     SELECT slot, state, vo, n AS tallied, 0 AS counted FROM tally
     UNION ALL SELECT slot, state, vo, 0, COUNT(*) FROM job GROUP BY slot, state, vo) AS both_counts
 GROUP BY slot, state, vo HAVING SUM(tallied) <> SUM(counted) LIMIT %s
+
+-- name: archive_tally_differs
+SELECT slot, CONCAT(state, ' of VO ', vo, ': the archive says ', SUM(tallied), ', counted ', SUM(counted)) FROM (
+    SELECT slot, state, vo, n AS tallied, 0 AS counted FROM archive_tally
+    UNION ALL SELECT slot, state, vo, 0, COUNT(*) FROM archive_job GROUP BY slot, state, vo) AS both_counts
+GROUP BY slot, state, vo HAVING SUM(tallied) <> SUM(counted) LIMIT %s
+
+-- name: archived_and_hot
+SELECT job.id, 'is in the hot tables and in the archive' FROM job JOIN archive_job ON archive_job.id = job.id LIMIT %s
+
+-- name: archived_not_final
+SELECT id, CONCAT('is archived, but ', state) FROM archive_job WHERE state NOT IN %s LIMIT %s
 
 -- name: owner_tally_differs
 SELECT 0, CONCAT('owner ', owner, ': the tally says ', SUM(tallied), ', counted ', SUM(counted)) FROM (

@@ -200,7 +200,7 @@ SELECT id, slot, state, queue, name, owner, vo, working_group, label, priority, 
 FROM job WHERE id IN %s ORDER BY id
 
 -- name: read_depths
-SELECT id, depth FROM job WHERE id IN %s
+SELECT id, depth FROM job WHERE id IN %s UNION ALL SELECT id, depth FROM archive_job WHERE id IN %s
 
 -- name: read_spec
 SELECT body FROM spec WHERE id = %s
@@ -245,6 +245,102 @@ SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN
     AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
     AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
+
+-- name: find_archived
+SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
+
+-- name: stop_archived_by_id
+SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
+
+-- name: list_archived_by_id
+SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY id LIMIT %s
+
+-- name: stop_archived_by_owner
+SELECT id FROM archive_job FORCE INDEX (archived_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s
+ORDER BY id LIMIT 1 OFFSET %s
+
+-- name: list_archived_by_owner
+SELECT id FROM archive_job FORCE INDEX (archived_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY id LIMIT %s
+
+-- name: stop_archived_by_jobset
+SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
+ORDER BY id LIMIT 1 OFFSET %s
+
+-- name: list_archived_by_jobset
+SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY id LIMIT %s
+
+-- name: archived_counts
+SELECT slot, state, vo, SUM(n) FROM archive_tally GROUP BY slot, state, vo
+
+-- ---- archive
+
+-- name: old_final
+SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
+    AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
+
+-- name: archived_from
+SELECT id, slot, state, owner, vo, jobset, depth, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
+
+-- name: specs_of
+SELECT id, body FROM spec WHERE id IN %s
+
+-- name: events_of
+SELECT id, n, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), event, source, target, attempt, actor, detail
+FROM job_event WHERE id IN %s ORDER BY id, n
+
+-- name: reports_of
+SELECT id, attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body, token FROM report WHERE id IN %s
+ORDER BY id, attempt
+
+-- name: insert_archived
+INSERT INTO archive_job (id, ended_at, slot, state, owner, vo, jobset, depth, body)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s)}
+
+-- name: add_to_archive_tally
+INSERT INTO archive_tally (month, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
+ON DUPLICATE KEY UPDATE n = n + VALUES(n)
+
+-- name: delete_jobs
+DELETE job FROM job FORCE INDEX (PRIMARY) WHERE id IN %s
+
+-- name: delete_specs
+DELETE FROM spec WHERE id IN %s
+
+-- name: delete_events
+DELETE FROM job_event WHERE id IN %s
+
+-- name: delete_reports
+DELETE FROM report WHERE id IN %s
+
+-- name: read_partitions
+SELECT partition_name, partition_description, table_rows, data_length + index_length
+FROM information_schema.partitions
+WHERE table_schema = DATABASE() AND table_name = 'archive_job' ORDER BY partition_ordinal_position
+
+-- :name and :bound are made from a checked year and month; identifiers cannot be parameters.
+-- name: add_partition
+ALTER TABLE archive_job ADD PARTITION (PARTITION :name VALUES LESS THAN (':bound'))
+
+-- name: drop_partition
+ALTER TABLE archive_job DROP PARTITION :name
+
+-- name: insert_dropped
+INSERT INTO archive_dropped (name, before_at, n, actor, at) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6))
+
+-- name: drop_archive_tally
+DELETE FROM archive_tally WHERE month = %s
+
+-- name: archived_tally_of
+SELECT COALESCE(SUM(n), 0) FROM archive_tally WHERE month = %s
 
 -- name: counts
 SELECT slot, state, vo, SUM(n) FROM tally GROUP BY slot, state, vo

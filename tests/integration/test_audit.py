@@ -130,6 +130,24 @@ PLANTED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("UPDATE job SET state = 'closed' WHERE id = {cancelled}",),
     ),
     "tally_differs": ("slot", ("UPDATE tally SET n = n + 1 WHERE slot = {slot} AND state = 'finished'",)),
+    "archive_tally_differs": (
+        "slot",
+        ("INSERT INTO archive_tally (month, slot, state, vo, n) VALUES (0, {slot}, 'finished', 'atlas', 1)",),
+    ),
+    "archived_and_hot": (
+        "finished",
+        (
+            "INSERT INTO archive_job SELECT id, '2019-01-01', slot, state, owner, vo, jobset, depth, 'x' FROM job"
+            " WHERE id = {finished}",
+        ),
+    ),
+    "archived_not_final": (
+        "running",
+        (
+            "INSERT INTO archive_job SELECT id, '2019-01-01', slot, state, owner, vo, jobset, depth, 'x' FROM job"
+            " WHERE id = {running}",
+        ),
+    ),
     "owner_tally_differs": ("", ("UPDATE owner_tally SET n = n - 1 WHERE owner = 'central:ann'",)),
     "undeclared_transition": (
         "finished",

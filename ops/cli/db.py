@@ -1,0 +1,135 @@
+"""`culm db partitions|archive|drop`."""
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from culm.errors import ClientFault, Unavailable
+from culm.wire import ArchiveAnswer, ArchiveRequest
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
+
+_AGE: Final = re.compile(r"(\d+)([smhd])")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+TIMEOUT_S: Final = 90.0
+
+
+@click.group()
+def db() -> None:
+    """The shards' archives: months of jobs that ended."""
+
+
+@db.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+def partitions(folder: Path, authority: str, output: str) -> None:
+    """List the months of every shard's archive.
+
+    \b
+    Examples:
+      culm db partitions
+      culm db partitions -o json
+    """
+    answer = asyncio.run(_ask(folder, authority, ArchiveRequest()))
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+    else:
+        _show(answer)
+    _require_all(answer)
+
+
+@db.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--older", default="3d", show_default=True, help="What ended longer ago: 90s, 30m, 12h, 3d.")
+def archive(folder: Path, authority: str, output: str, older: str) -> None:
+    """Move now what ended longer ago, until nothing is left. The shards do it by themselves too (archive.after_s).
+
+    \b
+    Examples:
+      culm db archive
+      culm db archive --older 12h
+    """
+    older_s = _seconds(older)
+
+    async def move() -> tuple[int, ArchiveAnswer]:
+        n_moved, n_idle = 0, 0
+        with Console(stderr=True).status("moving") as spinner:
+            while True:
+                answer = await _ask(folder, authority, ArchiveRequest(older_s=older_s))
+                n_now = sum(one.n_moved for one in answer.shards)
+                n_moved += n_now
+                spinner.update(f"moved {n_moved} jobs")
+                # A look goes through a stretch of a slot's jobs: several in a row without a find are the end.
+                n_idle = 0 if n_now else n_idle + 1
+                if n_idle >= IDLE_LOOKS:
+                    return n_moved, answer
+
+    n_moved, answer = asyncio.run(move())
+    if output == "json":
+        click.echo(msgspec.json.encode({"n_moved": n_moved, "missing_shards": answer.missing_shards}))
+    else:
+        click.echo(f"moved {n_moved} jobs")
+        _show(answer)
+    _require_all(answer)
+
+
+IDLE_LOOKS: Final = 3
+
+
+@db.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--shard", default="", help="On this shard only.  [default: on all of the authority]")
+@click.option("--yes", is_flag=True, help="Needed: what is dropped is gone.")
+@click.argument("name")
+def drop(folder: Path, authority: str, output: str, *, shard: str, yes: bool, name: str) -> None:
+    """Drop the partition NAME of the archive with all its jobs. The present month cannot be dropped.
+
+    \b
+    Examples:
+      culm db drop p202611 --yes
+      culm db drop p202611 --shard us1 --yes
+    """
+    if not yes:
+        raise ClientFault("not_confirmed", f"the jobs of {name} would be gone for good: repeat it with --yes")
+    answer = asyncio.run(_ask(folder, authority, ArchiveRequest(drop=name, shard=shard)))
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+    else:
+        for one in answer.shards:
+            click.echo(f"{one.shard}: dropped {name} with {one.n_dropped} jobs")
+    _require_all(answer)
+
+
+async def _ask(folder: Path, authority: str, request: ArchiveRequest) -> ArchiveAnswer:
+    async with router(folder, "admin", authority=authority) as client:
+        return await client.post("archive", request, ArchiveAnswer, timeout_s=TIMEOUT_S)
+
+
+def _show(answer: ArchiveAnswer) -> None:
+    table = Table("shard", "partition", "ended before", "jobs", "MiB")
+    for one in answer.shards:
+        for part in one.partitions:
+            table.add_row(one.shard, part.name, part.before, str(part.n_jobs), f"{part.n_bytes / (1 << 20):.1f}")
+    console().print(table)
+
+
+def _require_all(answer: ArchiveAnswer) -> None:
+    if answer.missing_shards:
+        raise Unavailable("missing_shards", f"no answer from: {', '.join(answer.missing_shards)}; repeat")
+
+
+def _seconds(text: str) -> float:
+    found = _AGE.fullmatch(text)
+    if found is None:
+        raise ClientFault("bad_age", f"{text!r} is no age: 90s, 30m, 12h, 3d")
+    return float(int(found[1]) * _SECONDS[found[2]])
