@@ -175,9 +175,9 @@ class ArchiveSettings(Settings, frozen=True, kw_only=True):
 
     after_s: Annotated[float, Meta(ge=0, le=1e9)] = 259_200.0
     """So long after they ended; PanDA's three days. 0: never."""
-    batch: Annotated[int, Meta(ge=1, le=1000)] = 200
+    batch: Annotated[int, Meta(ge=1, le=1000)] = 50
     """Jobs in one transaction."""
-    interval_s: Seconds = 1.0
+    interval_s: Seconds = 0.25
     """Between two batches of a slot."""
 
 
