@@ -31,6 +31,11 @@ def forbidden(message: str) -> ClientFault:
     return ClientFault("forbidden", message, http_status=403)
 
 
+def banned(account: str, reason: str) -> ClientFault:
+    """The error for an account that an authority has banned."""
+    return ClientFault("banned", f"{account} is banned: {reason}", http_status=403)
+
+
 def allows_queue(principal: Principal, queue: str, authority: str) -> bool:
     """Whether a token may ask for jobs of a computing queue that an authority has registered (invariant I13).
 

@@ -56,6 +56,15 @@ class ShardRequest(Request, frozen=True, kw_only=True):
     """Kept in the topology's audit log."""
 
 
+class BanRequest(Request, frozen=True, kw_only=True):
+    """Ban an account from this authority's section, or let it in again."""
+
+    account: Annotated[str, Meta(min_length=1, max_length=160)]
+    banned: bool = True
+    reason: Annotated[str, Meta(max_length=500)] = ""
+    """Told to the account, and kept in the topology's audit log."""
+
+
 class AuthorityAnswer(Answer, frozen=True, kw_only=True):
     """What one authority decides: its section, and its public keys, PEM by kid."""
 

@@ -22,6 +22,8 @@ class State(StrEnum):
     """Its inputs were looked for and are missing."""
     ASSIGNED = "assigned"
     """It has a place, and its inputs are on their way there."""
+    PENDING = "pending"
+    """Ready, but held back: its owner is banned."""
     ACTIVATED = "activated"
     """Ready: the next pilot that fits may take it."""
     SENT = "sent"
@@ -85,6 +87,10 @@ class Event(StrEnum):
     """The pilot or the data side reports an error, or a job it waits for has failed."""
     CANCEL = "cancel"
     """Its owner, a manager or an admin ends it."""
+    HOLD_BACK = "hold_back"
+    """Its owner was banned: it is not to be dispatched."""
+    LET_GO = "let_go"
+    """Its owner is not banned any more."""
     CLOSE = "close"
     """The system ends it: it was never taken, or never became ready, in time."""
 
@@ -110,6 +116,8 @@ TRANSITIONS: Final[dict[tuple[State | None, Event], State]] = {
     **_rows({State.DEFINED, State.WAITING}, Event.ASSIGN, State.ASSIGNED),
     **_rows(UNREADY, Event.INPUTS_READY, State.ACTIVATED),
     (State.ACTIVATED, Event.CLAIM): State.SENT,
+    (State.ACTIVATED, Event.HOLD_BACK): State.PENDING,
+    (State.PENDING, Event.LET_GO): State.ACTIVATED,
     # The pilot was told to go, or its client was gone before the answer: no attempt is used up.
     **_rows(_ON_WORKER, Event.RELEASE, State.ACTIVATED),
     # The attempt is lost and others remain.
@@ -128,8 +136,8 @@ TRANSITIONS: Final[dict[tuple[State | None, Event], State]] = {
     **_rows(LEASED, Event.FAIL, State.FAILED),
     # An upstream failure ends a job that waits for its inputs.
     **_rows(UNREADY, Event.FAIL, State.FAILED),
-    **_rows(UNREADY | {State.ACTIVATED} | LEASED, Event.CANCEL, State.CANCELLED),
-    **_rows(UNREADY | {State.ACTIVATED} | LEASED, Event.CLOSE, State.CLOSED),
+    **_rows(UNREADY | {State.PENDING, State.ACTIVATED} | LEASED, Event.CANCEL, State.CANCELLED),
+    **_rows(UNREADY | {State.PENDING, State.ACTIVATED} | LEASED, Event.CLOSE, State.CLOSED),
 }
 
 PILOT_EVENTS: Final[dict[State, Event]] = {

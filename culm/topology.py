@@ -25,6 +25,8 @@ SLOT_BLOCKS: Final = {CENTRAL: (0, 12287), "CERN": (12288, 16383)}
 """The slot numbers of each authority, inclusive; one block never reaches into another."""
 
 N = TypeVar("N")
+Account = Annotated[str, Meta(min_length=3, max_length=160, pattern="^[^:]+:.")]
+MAX_BANNED: Final = 10_000
 
 QueueStatus = Literal["online", "offline", "test", "brokeroff"]
 Amount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -94,6 +96,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     sites: dict[Name, Site] = {}
     placement: dict[int, Placement] = {}
     default_region: OptionalName = ""
+    banned: dict[Account, Annotated[str, Meta(max_length=500)]] = {}
+    """Accounts that may submit nothing here and, where they are this authority's own, nowhere; with the reason."""
 
 
 class SiteRegistration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -168,6 +172,17 @@ class Topology:
         """The region of a job that names no place, by the authority of its submitter; "" if there is none."""
         section = self.sections.get(authority)
         return section.default_region if section is not None else ""
+
+    def ban_of(self, account: str, authority: str) -> str | None:
+        """Why an account may not act in the slots of an authority; None if it may.
+
+        Each authority bans for its own slots, and its own accounts everywhere.
+        """
+        for name in (authority, account.partition(":")[0]):
+            section = self.sections.get(name)
+            if section is not None and account in section.banned:
+                return section.banned[account] or "no reason was given"
+        return None
 
     def queue(self, name: str) -> tuple[str, Site, Queue]:
         """The site's name, the site and the description of a computing queue. Raises ClientFault(unknown_queue)."""
@@ -336,6 +351,29 @@ def add_shard(section: Section, name: str, shard: Shard, region: str, *, strict:
         section, epoch=epoch, shards=section.shards | {name: shard}, regions=regions, placement=placement
     )
     validate(changed)
+    return changed
+
+
+def set_ban(section: Section, account: str, reason: str | None) -> Section:
+    """The section with an account banned for a reason, or let in again (None), one epoch later; the same if it is so.
+
+    Raises ClientFault (bad_account, too_many_bans).
+    """
+    if section.banned.get(account) == reason:
+        return section
+    banned = {name: why for name, why in section.banned.items() if name != account}
+    if reason is not None:
+        banned[account] = reason
+    if len(banned) > MAX_BANNED:
+        raise ClientFault("too_many_bans", f"{MAX_BANNED} accounts are banned already")
+    changed = msgspec.structs.replace(section, epoch=section.epoch + 1, banned=banned)
+    try:
+        # As it will be read again: the account's form is checked there.
+        msgspec.json.decode(msgspec.json.encode(changed), type=Section)
+    except msgspec.ValidationError:
+        raise ClientFault(
+            "bad_account", f"{account[:160]!r} is not AUTHORITY:SUBJECT, or the reason is too long"
+        ) from None
     return changed
 
 

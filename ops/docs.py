@@ -119,7 +119,7 @@ def _states_page() -> str:
 
 
 def _kind(state: State) -> str:
-    for members, kind in ((UNREADY, "unready"), (LEASED, "leased"), (FINAL, "final")):
+    for members, kind in ((UNREADY, "unready"), ({State.PENDING}, "held back"), (LEASED, "leased"), (FINAL, "final")):
         if state in members:
             return kind
     return "ready"

@@ -51,6 +51,9 @@ async def get_job(forward: Forward, orphans: "Orphans", principal: Principal, re
     authority = forward.topology.authority_of_region(site.region)
     if not access.allows_queue(principal, request.queue, authority):
         raise access.forbidden(f"the token is not scoped for the computing queue {request.queue} of {authority}")
+    reason = forward.topology.ban_of(principal.account, authority)
+    if reason is not None:
+        raise access.banned(principal.account, reason)
 
     async def attempt(topology: Topology) -> GetJobAnswer:
         _, site, queue = topology.queue(request.queue)

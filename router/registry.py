@@ -9,9 +9,9 @@ from typing import Final
 
 from culm import access, address, topology_store
 from culm.errors import Conflict, Unavailable
-from culm.registry_wire import ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
+from culm.registry_wire import BanRequest, ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
 from culm.shard_links import ShardLinks
-from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_queue
+from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_ban, set_queue
 from culm.topology_store import Who
 from culm.wire import Principal
 
@@ -57,6 +57,12 @@ async def join(home: Home, links: ShardLinks, principal: Principal, request: Sha
         request.reason,
         expected=request.expected_epoch,
     )
+
+
+async def ban(home: Home, principal: Principal, request: BanRequest) -> ChangedAnswer:
+    """Raises ClientFault (forbidden, bad_account, too_many_bans). Safe to retry: yes."""
+    reason = request.reason if request.banned else None
+    return await _change(home, principal, lambda section: set_ban(section, request.account, reason), request.reason)
 
 
 async def set_fields(home: Home, principal: Principal, request: QueueRequest) -> ChangedAnswer:

@@ -6,10 +6,11 @@ from typing import Final
 
 import msgspec
 
+from culm import access
 from culm.errors import CulmError, Moved, Unavailable
 from culm.frames import error_body
 from culm.ids import slot_of
-from culm.topology import Topology
+from culm.topology import Topology, authority_of_slot
 from culm.wire import (
     JobSpec,
     Principal,
@@ -32,7 +33,7 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
     """Accept a call: atomic per shard, and its repeat completes what a missing shard left open.
 
     Raises:
-        ClientFault: bad_job, forbidden, unknown_queue, unknown_site, unknown_region, bad_target, unknown_parent.
+        ClientFault: bad_job, forbidden, banned, bad_target, unknown_queue, _site, _region, _parent.
         Conflict: key_reused.
         Unavailable: partial_submit, with the SubmitAnswer so far in details["answer"]; or as the shards say.
 
@@ -50,6 +51,7 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
 
     async def attempt(topology: Topology) -> SubmitAnswer:
         parts = split_by_shard(topology, request.jobs, request.idempotency_key, principal.authority)
+        _require_not_banned(topology, principal, parts)
         calls = [
             (
                 part.shard,
@@ -68,6 +70,14 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
         return _merge(len(request.jobs), jobset, list(zip(parts, answers, strict=True)))
 
     return await forward.corrected(attempt)
+
+
+def _require_not_banned(topology: Topology, principal: Principal, parts: list[ShardPart]) -> None:
+    """Raises ClientFault(banned)."""
+    for authority in sorted({authority_of_slot(one.at.slot) for part in parts for one in part.slots}):
+        reason = topology.ban_of(principal.account, authority)
+        if reason is not None:
+            raise access.banned(principal.account, reason)
 
 
 def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnswer | CulmError]]) -> SubmitAnswer:

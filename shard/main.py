@@ -13,6 +13,7 @@ from culm.topology import Topology
 from culm.topology_store import TopologyCache
 from shard.archive import Archive
 from shard.askers import Askers
+from shard.bans import Bans
 from shard.classes import ClassRegistry
 from shard.database import Database
 from shard.dispatch import Dispatcher, DispatchParts
@@ -62,6 +63,7 @@ class Shard:
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
         self.intake = Intake(self.database, self.classes, self.ownership, settings.dispatch, self._announce)
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
+        self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
         why = Why(self.database, self.classes, self.askers)
         cases = UseCases(
@@ -123,6 +125,7 @@ class Shard:
         self._loops.every(0.01, "refill", self.refill.turn)
         self._loops.every(dispatch.sweep_interval_s, "sweep", self._sweep)
         self._loops.every(self.settings.archive.interval_s, "archive", self.archive.turn)
+        self._loops.every(self.settings.topology_poll_s, "bans", self.bans.turn)
         self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)

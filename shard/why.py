@@ -78,6 +78,10 @@ class Why:
         ):
             raise ClientFault("unknown_job", f"job {call.id} is not known", http_status=404)
         place = _place(call.id, rows[0])
+        ban = topology.ban_of(rows[0][4], authority_of_slot(rows[0][0]))
+        if place.state is State.PENDING or (ban is not None and place.state is State.ACTIVATED):
+            told = f"{rows[0][4]} {'was banned, and is let in again' if ban is None else f'is banned: {ban}'}"
+            return WhyAnswer(id=call.id, state=place.state, reasons=[Reason(code="owner_banned", text=told)])
         if place.state is State.ACTIVATED:
             reasons = await self._of_ready(topology, place)
         else:
@@ -166,7 +170,8 @@ class Why:
         rate = sum(map(self._askers.n_given_of, slots)) / WINDOW_S
         if not n_ahead:
             told = f"it is the next one for the pilots of {name}"
-            return Reason(code="ready_to_run", text=told, queue=name, n_ahead=0, rate_per_s=rate)
+            last = self._askers.last_at(name) or None
+            return Reason(code="ready_to_run", text=told, queue=name, n_ahead=0, rate_per_s=rate, since=last)
         many = "more than 10,000" if n_ahead >= MAX_AHEAD else f"{n_ahead}"
         told = f"{many} ready jobs rank before it for the pilots of {name}"
         told += f"; {rate:.2f} a second were given lately" + (f", that is {n_ahead / rate:.0f} s" if rate else "")

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "jobset": Place("ops.cli.jobset", "jobset", "show, kill, retry"),
     "site": Place("ops.cli.site", "site", "sites and computing queues"),
     "topology": Place("ops.cli.topology", "topology", "which slot lives on which shard, and who changed it"),
+    "user": Place("ops.cli.user", "user", "ban, unban, list"),
     "token": Place("ops.cli.token", "token", "signed tokens"),
     "counts": Place("ops.cli.counts", "counts", "the merged counts of all shards"),
     "errors": Place("ops.cli.errors", "errors", "what jobs failed of, by code and site"),

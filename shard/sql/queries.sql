@@ -103,6 +103,25 @@ SELECT slot, class_id, state, queue, owner, vo, priority, attempt, lost, max_att
 -- name: read_lease_end
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', expires_at) FROM lease WHERE id = %s
 
+-- ---- bans
+
+-- name: ready_of_owner
+SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id > %s AND state = 'activated'
+ORDER BY id LIMIT %s
+
+-- name: held_of_owner
+SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id > %s AND state = 'pending'
+ORDER BY id LIMIT %s
+
+-- name: held_owners
+SELECT owner FROM held_owner
+
+-- name: insert_held_owner
+INSERT INTO held_owner (owner) VALUES (%s) ON DUPLICATE KEY UPDATE owner = VALUES(owner)
+
+-- name: delete_held_owner
+DELETE FROM held_owner WHERE owner = %s
+
 -- ---- transitions
 
 -- name: lock_ready_of_jobs

@@ -315,6 +315,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
     registry_wire.ShardRequest(
         name="us2", link="tls:us2.example.org:25090", region="US", weight=2, expected_epoch=42, reason="more disks"
     ),
+    registry_wire.BanRequest(account="central:ann", reason="a stolen token"),
     registry_wire.AuthorityAnswer(
         authority="CERN",
         section=Section(

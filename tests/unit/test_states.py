@@ -24,6 +24,8 @@ inputs_missing  defined                                                 waiting
 assign          defined waiting                                         assigned
 inputs_ready    defined waiting assigned                                activated
 claim           activated                                               sent
+hold_back       activated                                               pending
+let_go          pending                                                 activated
 release         sent starting running                                   activated
 expire          sent starting running                                   activated
 lose            sent starting running holding transferring merging      failed
@@ -36,9 +38,9 @@ merge           holding transferring                                    merging
 finish          sent starting running holding transferring merging      finished
 fail            defined waiting assigned                                failed
 fail            sent starting running holding transferring merging      failed
-cancel          defined waiting assigned activated                      cancelled
+cancel          defined waiting assigned pending activated              cancelled
 cancel          sent starting running holding transferring merging      cancelled
-close           defined waiting assigned activated                      closed
+close           defined waiting assigned pending activated              closed
 close           sent starting running holding transferring merging      closed
 """
 
@@ -73,15 +75,16 @@ def test_each_pair_that_is_not_declared_is_a_conflict(state: State | None, event
     assert caught.value.http_status == 409
 
 
-def test_the_fourteen_states_of_panda() -> None:
-    unready, ready = {"defined", "waiting", "assigned"}, {"activated"}
+def test_the_states_are_pandas() -> None:
+    """The fourteen of 2009, and `pending`, which came later: accepted, and held back."""
+    unready, ready = {"defined", "waiting", "assigned", "pending"}, {"activated"}
     leased = {"sent", "starting", "running", "holding", "transferring", "merging"}
     final = {"finished", "failed", "cancelled", "closed"}
     assert {str(state) for state in State} == unready | ready | leased | final
 
 
 def test_every_state_is_of_exactly_one_kind() -> None:
-    kinds = [UNREADY, {State.ACTIVATED}, LEASED, FINAL]
+    kinds = [UNREADY, {State.PENDING}, {State.ACTIVATED}, LEASED, FINAL]
     for state in State:
         assert sum(state in kind for kind in kinds) == 1, state
 

@@ -1,0 +1,123 @@
+"""A banned account submits nothing and takes nothing; what it has ready is held back until it is let in again."""
+
+import secrets
+
+import msgspec
+import pytest
+
+from culm import topology_store
+from culm.client import Client
+from culm.errors import ClientFault
+from culm.registry_wire import BanRequest, ChangedAnswer
+from culm.states import State
+from culm.wire import GetJobRequest, JobSpec, PilotInfo, SubmitRequest
+from tests.front import RunningFront, front
+from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, QUEUE, USER, Partition
+from tests.waiting import eventually
+
+DEADLINE_S = 15.0
+
+
+async def submit(client: Client, n_jobs: int = 1) -> list[int]:
+    jobs = [JobSpec(site="BNL", argv=["true"])] * n_jobs
+    answer = await client.submit(SubmitRequest(idempotency_key=secrets.token_hex(8), jobs=jobs))
+    return [identifier for identifier in answer.ids if identifier is not None]
+
+
+async def take(client: Client) -> list[int]:
+    request = GetJobRequest(request_id=secrets.token_hex(8), queue=QUEUE, pilot=PilotInfo(id="p"))
+    return [grant.id for grant in (await client.get_job(request)).jobs]
+
+
+async def ban(router: RunningFront, account: str, *, banned: bool = True, reason: str = "a stolen token") -> None:
+    async with router.client(ADMIN) as admin:
+        await admin.post("ban", BanRequest(account=account, banned=banned, reason=reason), ChangedAnswer)
+    router.forward.fresh_topology()
+
+
+async def test_what_a_banned_owner_has_ready_is_held_back_and_let_go(shard: Partition) -> None:
+    async with (
+        front(shard) as router,
+        router.client(USER) as ann,
+        router.client(OTHER_USER) as bob,
+        router.client(PILOT) as pilot,
+    ):
+        hers, [his] = await submit(ann, 3), await submit(bob)
+        assert await take(pilot) == hers[:1]
+        await ban(router, "central:ann")
+        with pytest.raises(ClientFault, match="a stolen token") as caught:
+            await submit(ann)
+        assert (caught.value.code, caught.value.http_status) == ("banned", 403)
+
+        async def held() -> bool:
+            return [await shard.state(identifier) for identifier in hers[1:]] == [State.PENDING] * 2
+
+        await eventually(held, DEADLINE_S, what="they are held back")
+        assert await shard.state(hers[0]) is State.SENT
+        [reason] = (await ann.why(hers[1])).reasons
+        assert (reason.code, "a stolen token" in reason.text) == ("owner_banned", True)
+        assert await take(pilot) == [his]
+        assert await take(pilot) == []
+        await ban(router, "central:ann", banned=False)
+        for identifier in hers[1:]:
+
+            async def runs(identifier: int = identifier) -> bool:
+                return await take(pilot) == [identifier]
+
+            await eventually(runs, DEADLINE_S, what="it runs")
+        assert await shard.rows("SELECT owner FROM held_owner") == []
+        await submit(ann)
+
+
+async def test_a_job_whose_inputs_are_missing_is_not_let_go_with_the_others(shard: Partition) -> None:
+    from culm.states import Event
+    from culm.wire import InputFile
+
+    async with front(shard) as router, router.client(USER) as ann:
+        [ready] = await submit(ann)
+        jobs = [JobSpec(site="BNL", argv=["true"], inputs=[InputFile(name="in", ready=False)])]
+        [waits] = (await ann.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids
+        assert waits is not None
+        await shard.say(waits, Event.INPUTS_MISSING)
+        await ban(router, "central:ann")
+
+        async def is_held() -> bool:
+            return await shard.state(ready) is State.PENDING
+
+        await eventually(is_held, DEADLINE_S, what="held")
+        await ban(router, "central:ann", banned=False)
+
+        async def is_back() -> bool:
+            return await shard.state(ready) is State.ACTIVATED
+
+        await eventually(is_back, DEADLINE_S, what="let go")
+        assert await shard.state(waits) is State.WAITING
+
+
+async def test_a_banned_pilot_gets_nothing(shard: Partition) -> None:
+    async with front(shard) as router, router.client(PILOT) as pilot:
+        await ban(router, "central:pilots", reason="")
+        with pytest.raises(ClientFault, match="no reason was given") as caught:
+            await take(pilot)
+        assert caught.value.code == "banned"
+        await ban(router, "central:pilots", banned=False)
+        assert await take(pilot) == []
+
+
+async def test_only_an_admin_bans_and_only_an_account(shard: Partition) -> None:
+    async with front(shard) as router:
+        for who in (USER, PRODUCTION, PILOT):
+            async with router.client(who) as client:
+                with pytest.raises(ClientFault, match="forbidden"):
+                    await client.post("ban", BanRequest(account="central:bob"), ChangedAnswer)
+        async with router.client(ADMIN) as admin:
+            for account in ("ann", ":ann", "central:", "x" * 170 + ":y"):
+                with pytest.raises(ClientFault) as caught:
+                    await admin.post("ban", BanRequest(account=account), ChangedAnswer)
+                assert caught.value.http_status == 400
+            first = await admin.post("ban", BanRequest(account="central:bob", reason="r"), ChangedAnswer)
+            assert await admin.post("ban", BanRequest(account="central:bob", reason="r"), ChangedAnswer) == first
+        section = topology_store.load_section(router.folder / "topology", "central")
+        assert section.banned == {"central:bob": "r"}
+        # Read again as it was written.
+        assert msgspec.json.decode(msgspec.json.encode(section), type=type(section)) == section
