@@ -365,8 +365,8 @@ ReasonCode = Literal[
     "owner_banned", "ready_to_run", "behind_others", "no_pilot_asked", "no_queue_there", "queue_offline",
     "queue_in_test", "wrong_label", "wrong_vo", "wrong_queue", "wrong_pilot_type", "too_few_cores",
     "too_little_memory_mb", "too_little_disk_mb", "too_little_walltime_s", "no_matching_release",
-    "no_matching_platform", "inputs_missing", "sent", "running", "outputs_pending", "cancel_requested", "attempts_used_up", "failed",
-    "finished", "cancelled", "closed", "shard_down", "region_cut_off",
+    "no_matching_platform", "inputs_missing", "sent", "running", "outputs_pending", "cancel_requested",
+    "attempts_used_up", "failed", "finished", "cancelled", "closed", "shard_down", "region_cut_off",
 ]  # fmt: skip
 """Why a job is where it is; the refusals among them are those of `culm.matching`."""
 
