@@ -14,12 +14,12 @@ from culm.errors import ClientFault
 VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 
-def prepare(port: int) -> None:
-    """An empty folder for the workers behind a port. Raises ClientFault(foreign_folder) if it is not ours alone.
+def prepare(host: str, port: int) -> None:
+    """An empty folder for the workers behind an address. Raises ClientFault(foreign_folder) if it is not ours alone.
 
-    Only one process group may have the port, and what one left that was killed is of no use to the next.
+    Only one process group may have the address, and what one left that was killed is of no use to the next.
     """
-    folder = Path(tempfile.gettempdir()) / f"culm-{os.getuid()}-metrics-{port}"
+    folder = Path(tempfile.gettempdir()) / f"culm-{os.getuid()}-metrics-{host.replace(':', '_')}-{port}"
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:

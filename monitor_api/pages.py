@@ -3,6 +3,7 @@
 A browser shows its token by a cookie, which `/login` sets. Everything that is shown is escaped by the templates.
 """
 
+import shlex
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
@@ -29,6 +30,8 @@ HEADERS: Final[Mapping[str, str]] = {
 }
 STATES: Final = [state.value for state in State]
 PAGE_ROWS: Final = 50
+LIST_OPTIONS: Final = frozenset({"region", "site", "state", "jobset", "owner"})
+"""Of `culm job list`."""
 
 Show = Callable[[web.Request, Principal], Awaitable[tuple[str, dict[str, Any]]]]
 """(the request, who asks) -> the template's name and its values."""
@@ -76,7 +79,7 @@ class Pages:
             raise ClientFault("bad_request", str(error)) from None
         page = await self._views.jobs(who, query)
         further = {name: value for name, value in given.items() if name != "after"} | {"after": str(page.next or "")}
-        words = [f"--{name} {value}" for name, value in given.items() if name in ("site", "state", "jobset", "owner")]
+        words = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if name in LIST_OPTIONS]
         values = {"page": page, "query": given, "further": further, "command": " ".join(["culm job list", *words])}
         return "jobs.html", values
 

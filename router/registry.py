@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from culm import access, address, topology_store
 from culm.errors import Conflict, Unavailable
 from culm.registry_wire import BanRequest, ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
@@ -77,7 +79,11 @@ async def set_fields(home: Home, principal: Principal, request: QueueRequest) ->
 def show(principal: Principal, topology: Topology) -> TopologyAnswer:
     """Every section. Raises ClientFault(forbidden) for a pilot."""
     access.require_role(principal, "user", "admin")
-    return TopologyAnswer(sections=list(topology.sections.values()))
+    sections = list(topology.sections.values())
+    if principal.role == "user":
+        # Who is banned, and why, is between him and the admins.
+        sections = [msgspec.structs.replace(section, banned={}) for section in sections]
+    return TopologyAnswer(sections=sections)
 
 
 async def _change(

@@ -32,7 +32,7 @@ def router_run(config: Path) -> None:
     # Before anything is touched that belongs to whoever has the port.
     require_free(options.host, options.port)
     if options.workers > 1:
-        metrics_folder.prepare(options.port)
+        metrics_folder.prepare(options.host, options.port)
     from router.main import run  # noqa: PLC0415  # after `prepare`: it defines metrics
 
     try:

@@ -10,7 +10,16 @@ import pytest
 from culm.errors import ClientFault, Conflict, Unavailable
 from culm.settings import ArchiveSettings
 from culm.states import Event, State
-from culm.wire import Grant, JobsAnswer, JobView, ShardArchive, ShardArchiveAnswer, ShardCounts, ShardCountsAnswer
+from culm.wire import (
+    Grant,
+    JobsAnswer,
+    JobView,
+    ShardArchive,
+    ShardArchiveAnswer,
+    ShardCounts,
+    ShardCountsAnswer,
+    WhyAnswer,
+)
 from culm.wire import ShardJob as ReadJob
 from ops.audit import audit
 from shard import archive as archiving
@@ -158,6 +167,17 @@ async def test_who_may_not_read_a_job_cannot_read_it_archived(shard: Partition) 
     for who in (USER, PILOT, PRODUCTION):
         with pytest.raises(ClientFault, match="forbidden"):
             await shard.ask("archive", ShardArchive(principal=who, older_s=0.0), ShardArchiveAnswer)
+
+
+async def test_why_speaks_of_an_archived_job_too(shard: Partition) -> None:
+    [grant] = await finished(shard, 1)
+    before = await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=grant.id), WhyAnswer)
+    await move(shard)
+    assert await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=grant.id), WhyAnswer) == before
+    assert [reason.code for reason in before.reasons] == ["finished"]
+    with pytest.raises(ClientFault, match="unknown_job"):
+        cms = msgspec.structs.replace(USER, vo="cms")
+        await shard.ask("why", ReadJob(at=shard.slot(), principal=cms, id=grant.id), WhyAnswer)
 
 
 async def test_a_child_of_an_archived_parent_can_be_submitted(shard: Partition) -> None:

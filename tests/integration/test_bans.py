@@ -8,7 +8,7 @@ import pytest
 from culm import topology_store
 from culm.client import Client
 from culm.errors import ClientFault
-from culm.registry_wire import BanRequest, ChangedAnswer
+from culm.registry_wire import BanRequest, ChangedAnswer, TopologyAnswer
 from culm.states import State
 from culm.wire import GetJobRequest, JobSpec, PilotInfo, SubmitRequest
 from tests.front import RunningFront, front
@@ -110,6 +110,12 @@ async def test_only_an_admin_bans_and_only_an_account(shard: Partition) -> None:
             async with router.client(who) as client:
                 with pytest.raises(ClientFault, match="forbidden"):
                     await client.post("ban", BanRequest(account="central:bob"), ChangedAnswer)
+        async with router.client(USER) as user:
+            await ban(router, "central:eve")
+            told = await user.get("topology", {}, TopologyAnswer)
+            # Who is banned is no other user's business.
+            assert [section.banned for section in told.sections] == [{}]
+            await ban(router, "central:eve", banned=False)
         async with router.client(ADMIN) as admin:
             for account in ("ann", ":ann", "central:", "x" * 170 + ":y"):
                 with pytest.raises(ClientFault) as caught:

@@ -4,10 +4,6 @@ import asyncio
 import secrets
 from typing import Any
 
-import msgspec
-import pytest
-
-from culm.errors import Conflict, Unavailable
 from culm.wire import (
     CancelRequest,
     GetJobAnswer,
@@ -44,13 +40,6 @@ async def get_job(router: RunningFront, site: str, **changes: Any) -> GetJobAnsw
         return await client.get_job(GetJobRequest(**(values | changes)))
 
 
-async def partly(router: RunningFront, *sites: str, key: str) -> tuple[Unavailable, SubmitAnswer]:
-    with pytest.raises(Unavailable) as caught:
-        await submit(router, *sites, key=key)
-    answer = msgspec.convert(caught.value.details["answer"], SubmitAnswer)
-    return caught.value, answer
-
-
 async def linked(router: RunningFront, name: str) -> None:
     await eventually(lambda: router.forward.links._links[name].connected, DEADLINE_S, what=f"{name} is linked")
 
@@ -62,37 +51,6 @@ async def test_a_repeat_gives_the_same_ids_and_stores_nothing(router: RunningFro
     first = await submit(router, "BNL", "FZK", key="k")
     assert await submit(router, "BNL", "FZK", key="k") == first
     assert [await pair.n_jobs(name) for name in NAMES] == [1, 1]
-
-
-async def test_a_key_reused_for_another_part_is_final_and_says_what_the_others_did(
-    router: RunningFront, pair: TwoPartitions
-) -> None:
-    await submit(router, "BNL", key="k")
-    with pytest.raises(Conflict) as caught:
-        await submit(router, "BNL", "BNL", "FZK", key="k")
-    assert caught.value.code == "key_reused"
-    answer = msgspec.convert(caught.value.details["answer"], SubmitAnswer)
-    assert answer.ids[:2] == [None, None]
-    assert answer.shards["eu1"].ok
-    assert [await pair.n_jobs(name) for name in NAMES] == [1, 1]
-
-
-async def test_pages_stay_stable_while_jobs_come(router: RunningFront) -> None:
-    ids = {i for i in (await submit(router, *["BNL", "FZK"] * 5)).ids if i is not None}
-    seen: list[int] = []
-    after: int | None = 0
-    async with router.client() as client:
-        for _ in range(100):
-            page = await client.jobs(JobsQuery(limit=2, after=after))
-            seen += [row.id for row in page.jobs]
-            after = page.next
-            if after is None:
-                break
-            if len(seen) < 9:
-                await submit(router, "BNL", "FZK")
-    assert after is None
-    assert len(seen) == len(set(seen))
-    assert ids <= set(seen)
 
 
 async def test_lists_by_site_and_region_hold_those_jobs_only(router: RunningFront) -> None:
@@ -108,14 +66,6 @@ async def test_a_jobset_over_both_shards_is_cancelled_as_one(router: RunningFron
         ended = await client.cancel(CancelRequest(jobset=answer.jobset))
     assert {job.id: job.outcome for job in ended.jobs} == dict.fromkeys(answer.ids, "cancelled")
     assert ended.missing_shards == []
-
-
-async def test_a_pilot_finds_the_regions_jobs_on_the_other_shard(router: RunningFront) -> None:
-    async with router.client() as client:
-        jobs = [JobSpec(region="BOTH", argv=["true"])]
-        [identifier] = (await client.submit(SubmitRequest(idempotency_key="r", jobs=jobs))).ids
-    [grant] = (await get_job(router, "UTA", request_id="region-job")).jobs
-    assert grant.id == identifier
 
 
 # --- one is dead ----------------------------------------------------------------------------------------------------
