@@ -12,7 +12,7 @@ DEADLINE_S = 60.0
 async def archive(forward: Forward, authority: str, principal: Principal, request: ArchiveRequest) -> ArchiveAnswer:
     """Move a batch, drop a partition, or only show what there is.
 
-    Raises ClientFault (forbidden, unknown_shard; unknown_partition and partition_in_use of a single shard).
+    Raises ClientFault (forbidden, unknown_shard; unknown_partition and partition_in_use where no shard did it).
     Safe to retry: yes.
     """
     access.require_role(principal, "admin")
@@ -24,8 +24,10 @@ async def archive(forward: Forward, authority: str, principal: Principal, reques
     names = [request.shard] if request.shard else sorted(section.shards)
     call = ShardArchive(principal=principal, older_s=request.older_s, drop=request.drop)
     answers = await forward.links.ask_many([(name, call) for name in names], "archive", ShardArchiveAnswer, DEADLINE_S)
-    if len(answers) == 1 and isinstance(answers[0], CulmError):
-        raise answers[0]
+    errors = [answer for answer in answers if isinstance(answer, CulmError)]
+    if len(errors) == len(answers):
+        # Nobody did it: why is worth more than who.
+        raise next((error for error in errors if not error.retryable), errors[0])
     return ArchiveAnswer(
         shards=[answer for answer in answers if not isinstance(answer, CulmError)],
         missing_shards=[name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)],

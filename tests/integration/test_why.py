@@ -270,3 +270,21 @@ async def test_a_shard_that_is_down_is_a_reason(pair: TwoPartitions) -> None:
         await pair.start("eu1")
         assert await link.wait_connected(DEADLINE_S)
         assert [reason.code for reason in (await production.why(identifier)).reasons] == ["no_pilot_asked"]
+
+
+async def test_an_authority_that_cannot_be_reached_from_here_is_a_reason(pair: TwoPartitions) -> None:
+    """A router of CERN that sees none of the centre's shards; its own router may see them well."""
+    async with front_over(pair.topology_dir, authority="CERN") as router, router.client(USER) as user:
+        jobs = [JobSpec(site="FZK", argv=["true"])]
+        [identifier] = (await user.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids
+        assert identifier is not None
+        links = router.forward.links._links
+        for name in ("eu1", "us1"):
+            await pair.stop(name)
+            await eventually(lambda name=name: not links[name].connected, DEADLINE_S, what="it is seen gone")  # type: ignore[misc]
+            codes = [reason.code for reason in (await user.why(identifier)).reasons]
+            assert codes == (["shard_down"] if name == "eu1" else ["region_cut_off"])
+        for name in ("eu1", "us1"):
+            await pair.start(name)
+            assert await links[name].wait_connected(DEADLINE_S)
+        assert [reason.code for reason in (await user.why(identifier)).reasons] == ["no_pilot_asked"]

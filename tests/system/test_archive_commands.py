@@ -25,6 +25,7 @@ def test_what_ended_is_moved_listed_found_and_the_audit_is_clean(running: Cluste
     )
     for words, code in (
         (("db", "drop", present), 2),
+        (("db", "drop", present, "--yes"), 2),
         (("db", "drop", present, "--yes", "--shard", "us1"), 2),
         (("db", "drop", "p190001", "--yes", "--shard", "us1"), 3),
         (("db", "archive", "--older", "soon"), 2),

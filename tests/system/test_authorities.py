@@ -75,6 +75,13 @@ async def test_cern_starts_alone_goes_on_alone_and_returns(own: Path) -> None:
     assert topology_store.load_section(central.topology, "CERN").epoch == changed.epoch
     new_key = cern.ring.kids()[-1]
     eventually_sync((central.trusted / f"{new_key}.pub").exists, DEADLINE_S, what="the centre trusts the new key")
+
+    # What it has run alone is shown at the centre, and lies nowhere but in its own database (the audit looks, below).
+    def shown() -> bool:
+        counted = decoded(culm("counts", "-o", "json", folder=own))
+        return not counted["missing_shards"] and counted["by_region"].get("CERN", {}).get("finished") == 2
+
+    eventually_sync(shown, DEADLINE_S, what="the centre's monitor shows CERN's jobs")
     rows = [msgspec.json.decode(line) for line in (cern.topology / AUDIT).read_bytes().splitlines()]
     assert [(row["actor"], row["reason"]) for row in rows] == [("CERN:root", "the Tier-0")]
 
