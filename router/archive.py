@@ -26,8 +26,8 @@ async def archive(forward: Forward, authority: str, principal: Principal, reques
     answers = await forward.links.ask_many([(name, call) for name in names], "archive", ShardArchiveAnswer, DEADLINE_S)
     errors = [answer for answer in answers if isinstance(answer, CulmError)]
     if len(errors) == len(answers):
-        # Nobody did it: why is worth more than who.
-        raise next((error for error in errors if not error.retryable), errors[0])
+        # Nobody did it: why is worth more than who, and a refusal more than "not here".
+        raise min(errors, key=lambda error: (error.retryable, error.http_status == 404))
     return ArchiveAnswer(
         shards=[answer for answer in answers if not isinstance(answer, CulmError)],
         missing_shards=[name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)],
