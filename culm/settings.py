@@ -152,6 +152,8 @@ class DispatchSettings(Settings, frozen=True, kw_only=True):
     """Hints kept per requirement class: the best ones."""
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 128
     """Requests in one claim transaction."""
+    shelf_mb: Annotated[int, Meta(ge=0, le=65_536)] = 64
+    """Memory for ready jobs that were read ahead of their claim; 0: each claim reads its own."""
     max_classes: Count = 1000
     """Different requirements that the ready jobs of one slot may have: every get_job is matched with each."""
     max_classes_per_owner: Count = 200

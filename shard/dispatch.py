@@ -22,10 +22,11 @@ from culm.matching import Offer
 from culm.settings import ShardSettings
 from culm.wire import GetJobAnswer, ShardGetJob
 from shard.askers import Askers
-from shard.claim import Claimed, Seat, claim, groups_of, identity
+from shard.claim import Claimed, Seat, claim, claim_at_once, enough, groups_of, identity
 from shard.classes import ClassRegistry
-from shard.database import Database, DuplicateKeyError
+from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
+from shard.driver import DuplicateKeyError
 from shard.hints import ClassKey, Hint
 from shard.ownership import Ownership
 from shard.parking import Parking
@@ -212,6 +213,7 @@ class Dispatcher:
     async def withdraw(self, hints: Sequence[Hint]) -> None:
         """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
         if hints:
+            self._parts.refill.shelf.drop(hint.id for hint in hints)
             await self._remove_quietly(hints)
 
     def hand_back(self, subject: str, request_id: str) -> None:
@@ -249,6 +251,7 @@ class Dispatcher:
         """Claim for a batch. A failure is answered to each of it; it never ends the worker."""
         parts = self._parts
         hints: list[list[Hint]] = []
+        in_flight: set[int] = set()
         try:
             seats = self._seats(batch)
             announced: dict[ClassKey, int] = {}
@@ -259,8 +262,10 @@ class Dispatcher:
                     if seat.keys == keys:
                         request.looked_at = looked_at
             hints = await self._take_hints(seats)
-            timeouts, broken = self._settings.timeouts, frozenset(self._broken)
-            claimed = await parts.database.run("claim", lambda tx: claim(tx, seats, hints, timeouts, broken))
+            in_flight = {hint.id for some in hints for hint in some}
+            parts.refill.in_flight |= in_flight
+            at_once = enough(seats, hints) and not any(request.n_collisions for request in batch)
+            claimed = await parts.database.run("claim", self._claim(seats, hints, at_once=at_once))
             self._settle(batch, claimed, announced)
         except Moved as moved:
             await self._push_quietly([hint for some in hints for hint in some])
@@ -282,6 +287,23 @@ class Dispatcher:
             self._put_back([hint for some in hints for hint in some])
             for request in batch:
                 self._fail(request, Unavailable("claim_failed", f"the claim failed: {type(error).__name__}"))
+        finally:
+            parts.refill.in_flight -= in_flight
+
+    def _claim(
+        self, seats: list[Seat], hints: list[list[Hint]], *, at_once: bool
+    ) -> Callable[[Transaction], Awaitable[Claimed]]:
+        """The claim's transaction; at once the first time if it may, with a look at everything when it runs again."""
+        timeouts, broken = self._settings.timeouts, frozenset(self._broken)
+        shelf = self._parts.refill.shelf
+        tries = itertools.count()
+
+        async def work(tx: Transaction) -> Claimed:
+            if at_once and next(tries) == 0:
+                return await claim_at_once(tx, seats, hints, timeouts, shelf)
+            return await claim(tx, seats, hints, timeouts, broken)
+
+        return work
 
     def _seats(self, batch: list[_Request]) -> list[Seat]:
         """The seats of a batch; what would make it too wide is taken out of it, and is the next one's."""
@@ -335,6 +357,7 @@ class Dispatcher:
             if len(self._broken) < MAX_BROKEN:
                 self._broken |= claimed.broken
         if claimed.from_database:
+            self._parts.refill.shelf.drop(hint.id for hint in claimed.from_database)
             self._aside(self._remove_quietly(claimed.from_database))
         for request, seat in zip(batch, claimed.seats, strict=True):
             if seat.refusal is not None:

@@ -26,6 +26,7 @@ from shard.migrate import migrate
 from shard.ownership import Ownership
 from shard.reaper import Reaper
 from shard.refill import Refill
+from shard.shelf import Shelf
 from shard.verbs import UseCases, Verbs
 from shard.why import Why
 
@@ -55,13 +56,16 @@ class Shard:
         self.classes = ClassRegistry()
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
         self.ownership = Ownership(settings.name, self.database, self._fresh_topology)
-        self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch)
+        shelf = Shelf(settings.dispatch.shelf_mb << 20)
+        self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch, shelf)
         notices = Notices(self._announce, self._withdraw)
         self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
         self.askers = Askers(self.database)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
-        self.intake = Intake(self.database, self.classes, self.ownership, settings.dispatch, self._announce)
+        self.intake = Intake(
+            self.database, self.classes, self.ownership, settings.dispatch, shelf=shelf, announce=self._announce
+        )
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)

@@ -19,10 +19,13 @@ from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError
 from shard.hints import ClassKey, Hint
+from shard.shelf import Shelf
 
 SWEPT_PER_TURN = 50
 CLASSES_PER_STATEMENT = 100
 LEFTOVERS_PER_TURN = 100
+READ_AHEAD = 100
+"""Jobs in one statement: their payloads may be large."""
 
 log = logging.getLogger("shard.refill")
 
@@ -31,14 +34,22 @@ class Refill:
     """Dirty classes of one shard process, and the two background turns that mend them."""
 
     def __init__(
-        self, database: Database, queue: DispatchQueue, classes: ClassRegistry, settings: DispatchSettings
+        self,
+        database: Database,
+        queue: DispatchQueue,
+        classes: ClassRegistry,
+        settings: DispatchSettings,
+        shelf: Shelf,
     ) -> None:
+        self.shelf = shelf
         self._database = database
         self._queue = queue
         self._classes = classes
         self._settings = settings
         self.n_begun = 0
         """Grows with every refill that begins: a take that crosses one cannot be relied on."""
+        self.in_flight: set[int] = set()
+        """Jobs that a claim has under way: InnoDB shows them as ready until it commits, and a hint would be stale."""
         self._dirty: set[ClassKey] = set()
         self._refilling: set[ClassKey] = set()
         self._wanted = asyncio.Event()
@@ -125,12 +136,15 @@ class Refill:
         try:
             await self._queue.open_refill(key)
             announced = self._classes.announced(key)
+            # As of before the read: what is given up later is pushed back, and kept.
+            in_flight = frozenset(self.in_flight)
             rows = await self._database.run(
-                "read", lambda tx: tx.fetch_rows("best_ready", [(key.slot, key.class_id, cap + 1)])
+                "read", lambda tx: tx.fetch_rows("best_ready", [(key.slot, key.class_id, cap + 1 + len(in_flight))])
             )
             if not rows:
                 self._classes.seen_empty(key, announced)
-            best = sorted(map(_hint, rows))
+            best = sorted(_hint(row) for row in rows if row[0] not in in_flight)
+            await self._read_ahead(best[:cap])
             await self._queue.close_refill(key, best[:cap], more=len(best) > cap)
         except BaseException:
             self._dirty.add(key)
@@ -139,6 +153,20 @@ class Refill:
             self._refilling.discard(key)
         if self._queue.generation != generation:
             self._dirty.add(key)
+
+    async def _read_ahead(self, hints: Sequence[Hint]) -> None:
+        """Put on the shelf what the next claims will ask for; what comes first last, for the longest there go first."""
+        if not self._settings.shelf_mb:
+            return
+        lacking = self.shelf.lacks(hint.id for hint in reversed(hints))
+        for start in range(0, len(lacking), READ_AHEAD):
+            some = tuple(lacking[start : start + READ_AHEAD])
+            rows = await self._database.run("read", partial(_read_claimed, ids=some))
+            self.shelf.put(rows)
+
+
+async def _read_claimed(tx: Transaction, ids: tuple[int, ...]) -> Sequence[Row]:
+    return await tx.fetch("read_claimed", ids)
 
 
 async def _read_classes(tx: Transaction, keys: Sequence[ClassKey]) -> Sequence[Row]:

@@ -144,6 +144,13 @@ SET job.version = changed.version, job.state = changed.state, job.attempt = chan
     job.cancel_requested = changed.cancel_requested, job.error_plane = changed.error_plane,
     job.error_code = changed.error_code, job.error_text = changed.error_text, job.modified_at = UTC_TIMESTAMP(6)
 
+-- What a claim changes, of jobs that it holds by their ready rows; found only as it knew them.
+-- name: claim_jobs
+UPDATE job FORCE INDEX (PRIMARY) SET version = version + 1, state = 'sent', attempt = attempt + 1,
+    queue = ELT(FIELD(id, %s), %s), pilot = ELT(FIELD(id, %s), %s), host = ELT(FIELD(id, %s), %s),
+    error_plane = NULL, error_code = NULL, error_text = NULL, modified_at = UTC_TIMESTAMP(6)
+WHERE id IN %s AND state = 'activated' AND version = ELT(FIELD(id, %s), %s)
+
 -- name: insert_events
 INSERT INTO job_event (id, n, at, event, source, target, attempt, actor, detail)
 VALUES {, |(%s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)}

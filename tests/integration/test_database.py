@@ -18,16 +18,8 @@ from culm.settings import DatabaseSettings
 from culm.states import FINAL
 from ops.audit import audit
 from ops.engines import innodb
-from shard.database import (
-    MAX_TRIES,
-    RETRIED,
-    ChangedUnderfootError,
-    Database,
-    DuplicateKeyError,
-    Pool,
-    Transaction,
-    connect,
-)
+from shard.database import MAX_TRIES, ChangedUnderfootError, Database, Pool, Transaction
+from shard.driver import RETRIED, DuplicateKeyError, connect
 from shard.migrate import migrate
 from tests import servers
 from tests.partition import Partition, Servers, job, partition, patiently

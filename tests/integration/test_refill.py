@@ -14,6 +14,7 @@ from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
 from shard.hints import ClassKey, Hint
 from shard.refill import Refill
+from shard.shelf import Shelf
 from tests.partition import PRODUCTION, Partition, Servers, job, partition
 from tests.waiting import eventually
 
@@ -156,7 +157,7 @@ async def test_a_class_that_is_being_refilled_is_not_clean(both: Servers) -> Non
         await _settled(shard)
         key = _key(shard)
         queue, database = shard.shard.queue, shard.shard.database
-        refill = Refill(database, queue, shard.shard.classes, QUIET)
+        refill = Refill(database, queue, shard.shard.classes, QUIET, Shelf(1 << 20))
         pool = shard.settings.database.read_connections
         held = [_Held(database) for _ in range(pool)]
         await asyncio.gather(*(one.begun.wait() for one in held))
@@ -199,7 +200,7 @@ async def test_what_a_load_finds_is_active_and_dirty_once(both: Servers) -> None
         await shard.submit(job(), job(cores=2))
         classes = ClassRegistry()
         queue = DispatchQueue("other", shard.settings.redis, QUIET)
-        refill = Refill(shard.shard.database, queue, classes, QUIET)
+        refill = Refill(shard.shard.database, queue, classes, QUIET, Shelf(1 << 20))
         found = await refill.load()
         assert sorted(found) == sorted(shard.shard.classes.active())
         assert sorted(classes.active()) == sorted(found)
@@ -217,7 +218,7 @@ async def test_without_valkey_a_refill_waits_for_the_breaker_and_stays_wanted(bo
         await _settled(shard)
         key = _key(shard)
         lost = DispatchQueue("other", "unix:///nowhere/valkey.sock", QUIET)
-        refill = Refill(shard.shard.database, lost, shard.shard.classes, QUIET)
+        refill = Refill(shard.shard.database, lost, shard.shard.classes, QUIET, Shelf(1 << 20))
         refill.mark([key])
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -234,7 +235,7 @@ async def test_without_valkey_a_refill_waits_for_the_breaker_and_stays_wanted(bo
 async def test_without_the_database_a_sweep_says_so(both: Servers) -> None:
     async with partition(both, dispatch=QUIET) as shard:
         gone = Database(msgspec.structs.replace(shard.settings.database, socket="/nowhere/db.sock"))
-        refill = Refill(gone, shard.shard.queue, shard.shard.classes, QUIET)
+        refill = Refill(gone, shard.shard.queue, shard.shard.classes, QUIET, Shelf(1 << 20))
         with pytest.raises(Unavailable):
             await refill.sweep()
 
