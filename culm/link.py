@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from culm import address
 from culm.errors import Bug, ClientFault, CulmError, Unavailable
@@ -31,16 +31,23 @@ log = logging.getLogger("culm.link")
 
 Handler = Callable[[str, bytes, float], Awaitable[bytes]]
 """(verb, body, deadline in seconds from now) -> answer's body; raises CulmError."""
+Begun = tuple["asyncio.Future[Any]", Callable[["asyncio.Future[Any]"], bytes]]
+Begin = Callable[[str, bytes], Begun | None]
+"""(verb, body) -> what will be done, and what makes the answer's body of it then and raises CulmError; None for a call
+that the handler is to answer. Cancelled where the caller is gone. For the calls that are many: they need no task."""
 Undelivered = Callable[[str, bytes, bytes], None]
 """(verb, body, answer): the answer could not be sent, its effect should be undone."""
 
 
 class LinkServer:
-    """Accepts connections and runs one task per call."""
+    """Accepts connections and runs one task per call that `begin` does not take."""
 
-    def __init__(self, name: str, handler: Handler, undelivered: Undelivered) -> None:
+    def __init__(
+        self, name: str, handler: Handler, undelivered: Undelivered, begin: Begin = lambda _verb, _body: None
+    ) -> None:
         self.name = name
         self.handler = handler
+        self.begin = begin
         self.undelivered = undelivered
         self.connections: set[_ServerConnection] = set()
         self._server: asyncio.Server | None = None
@@ -78,7 +85,7 @@ class _ServerConnection(Connection):
     def __init__(self, server: LinkServer) -> None:
         super().__init__(server.name)
         self.server = server
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.tasks: dict[int, asyncio.Future[Any]] = {}
         self._hello_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -120,8 +127,33 @@ class _ServerConnection(Connection):
         if len(self.tasks) >= MAX_CALLS_PER_CONNECTION:
             self._send_error(frame.stream, Unavailable("overloaded", "too many calls on this link"))
             return
+        try:
+            begun = self.server.begin(frame.verb, frame.body)
+        except CulmError as error:
+            self._send_error(frame.stream, error)
+            return
+        if begun is not None:
+            self.tasks[frame.stream] = begun[0]
+            begun[0].add_done_callback(partial(self._done, frame, begun[1]))
+            return
         task = self.tasks[frame.stream] = self._loop.create_task(self._run(frame))
         task.add_done_callback(partial(self._ended, frame.stream))
+
+    def _done(
+        self, frame: Frame, finish: Callable[["asyncio.Future[Any]"], bytes], future: "asyncio.Future[Any]"
+    ) -> None:
+        self.tasks.pop(frame.stream, None)
+        try:
+            answer = finish(future)
+        except asyncio.CancelledError:
+            self._send_error(frame.stream, Unavailable("cancelled", "the call was cancelled"))
+        except CulmError as error:
+            self._send_error(frame.stream, error)
+        except Exception:  # as in _run
+            log.exception("link %s: %s failed", self.name, frame.verb)
+            self._send_error(frame.stream, Bug(f"{frame.verb} failed, see the log of {self.name}"))
+        else:
+            self._answer(frame, answer)
 
     def _ended(self, stream: int, task: asyncio.Task[None]) -> None:
         self.tasks.pop(stream, None)

@@ -66,11 +66,18 @@ class _Wake:
 class _Request:
     call: ShardGetJob
     arrived: int
-    answer: asyncio.Future[GetJobAnswer]
+    key: tuple[str, str]
+    slots: tuple[int, ...]
     deadline: float
     """Loop time until which it may wait."""
-    n_clients: int = 0
+    clients: list["asyncio.Future[GetJobAnswer]"] = field(default_factory=list)
     """Who waits for the answer; a repeat of a request under way joins it."""
+    n_clients: int = 0
+    """Of these the ones that are still there."""
+    answer: GetJobAnswer | None = None
+    """What it was answered."""
+    done: bool = False
+    """Answered, or refused."""
     looked_at: dict[ClassKey, int] = field(default_factory=dict)
     """The classes that fitted at the last look, each with its number of announcements."""
     woken: _Wake | None = None
@@ -79,20 +86,12 @@ class _Request:
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
     @property
-    def slots(self) -> tuple[int, ...]:
-        return tuple(ref.slot for ref in self.call.slots)
-
-    @property
     def offer(self) -> Offer:
         return self.call.offer
 
     @property
     def n_jobs(self) -> int:
         return self.call.n_jobs
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return identity(self.call)
 
 
 @dataclass(frozen=True)
@@ -156,32 +155,52 @@ class Dispatcher:
 
         Safe to retry: yes, by the request id. When the caller is cancelled its jobs go back.
         """
+        future = self.begin(call)
+        if future is None:
+            await self._parts.ownership.require(call.slots)
+            key = identity(call)
+            while key in self._returning:
+                # Its first try is being given back: to find the leases of that one now would be to lose them at once.
+                await asyncio.wait([self._returning[key]])
+            future = self._join(call, key)
+        return await future
+
+    def begin(self, call: ShardGetJob) -> "asyncio.Future[GetJobAnswer] | None":
+        """The same without a wait of its own, for a request that has nothing to wait for first; else None.
+
+        Who cancels the future is gone: the jobs go back. Raises as `get_job`.
+        """
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
-        await self._parts.ownership.require(call.slots)
-        self._parts.askers.asked(call.offer, call.pilot.id)
         key = identity(call)
-        if key in self._returning:
-            # Its first try is being given back: to find the leases of that one now would be to lose them at once.
-            await asyncio.wait([self._returning[key]])
+        if key in self._returning or not self._parts.ownership.holds(call.slots):
+            return None
+        return self._join(call, key)
+
+    def _join(self, call: ShardGetJob, key: tuple[str, str]) -> "asyncio.Future[GetJobAnswer]":
+        self._parts.askers.asked(call.offer, call.pilot.id)
+        loop = asyncio.get_running_loop()
         request = self._requests.get(key)
         if request is None:
             if len(self._pending) >= self._settings.dispatch.max_pending:
                 raise Unavailable("overloaded", "too many get_job requests are waiting")
-            loop = asyncio.get_running_loop()
-            request = _Request(call, next(self._numbers), loop.create_future(), loop.time() + call.wait_s)
-            self._requests[request.key] = request
+            slots = tuple([ref.slot for ref in call.slots])
+            request = _Request(call, next(self._numbers), key, slots, loop.time() + call.wait_s)
+            self._requests[key] = request
             self._enqueue(request)
         elif request.offer.queue != call.offer.queue:
             raise ClientFault("request_id_reused", "this request id is in use for another computing queue")
+        client: asyncio.Future[GetJobAnswer] = loop.create_future()
+        request.clients.append(client)
         request.n_clients += 1
-        try:
-            return await asyncio.shield(request.answer)
-        except asyncio.CancelledError:
+        client.add_done_callback(partial(self._client_done, request))
+        return client
+
+    def _client_done(self, request: _Request, client: "asyncio.Future[GetJobAnswer]") -> None:
+        if client.cancelled():
             request.n_clients -= 1
             if request.n_clients == 0:
                 self._abandon(request)
-            raise
 
     async def announce(self, hints: Sequence[Hint]) -> None:
         """Jobs became ready, and that is committed: tell Redis, then wake as many parked requests."""
@@ -392,7 +411,7 @@ class Dispatcher:
 
     def _park(self, request: _Request) -> None:
         now = asyncio.get_running_loop().time()
-        if request.answer.done():
+        if request.done:
             return
         if self._announced_since(request) and now < request.deadline + PATIENCE_S:
             # A job was announced after the look that found none: an empty answer might not be true any more.
@@ -436,8 +455,11 @@ class Dispatcher:
 
     def _answer(self, request: _Request, answer: GetJobAnswer) -> None:
         self._forget(request)
-        if not request.answer.done():
-            request.answer.set_result(answer)
+        if not request.done:
+            request.done, request.answer = True, answer
+            for client in request.clients:
+                if not client.done():
+                    client.set_result(answer)
         if answer.jobs and request.n_clients == 0:
             self.hand_back(*request.key)
         if request.woken is not None:
@@ -446,16 +468,19 @@ class Dispatcher:
 
     def _fail(self, request: _Request, error: CulmError) -> None:
         self._forget(request)
-        if not request.answer.done():
-            request.answer.set_exception(error)
-            # Nobody may be left to look at it, which is no fault.
-            request.answer.exception()
+        if not request.done:
+            request.done = True
+            for client in request.clients:
+                if not client.done():
+                    client.set_exception(error)
+                    # Nobody may be left to look at it, which is no fault.
+                    client.exception()
 
     def _abandon(self, request: _Request) -> None:
         """The last client is gone: out of the parking, or the answer goes back when it comes."""
         if self._parking.leave(request):
             self._answer(request, GetJobAnswer())
-        elif request.answer.done() and request.answer.exception() is None and request.answer.result().jobs:
+        elif request.answer is not None and request.answer.jobs:
             self.hand_back(*request.key)
 
     def _refuse_moved(self, batch: list[_Request], moved: Moved) -> None:

@@ -82,7 +82,7 @@ class Shard:
             self.archive,
         )
         self.verbs = Verbs(cases)
-        self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)
+        self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered, self.verbs.begin)
         self._loops = service.Loops()
         self._started = False
 

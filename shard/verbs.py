@@ -1,16 +1,20 @@
 """What a shard answers on the link. Handlers hold no business logic: decode, call one use case, encode."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from culm import access, telemetry
 from culm.errors import ClientFault, CulmError
+from culm.link import Begun
 from culm.topology import Topology
 from culm.wire import (
+    GetJobAnswer,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
@@ -41,6 +45,7 @@ M = TypeVar("M", bound=msgspec.Struct)
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _GET_JOB: Final = msgspec.msgpack.Decoder(ShardGetJob)
+_GET_JOB_OK: Final = telemetry.REQUESTS.labels("get_job", "ok")
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,18 @@ class Verbs:
                 time.perf_counter() - started
             )
 
+    def begin(self, verb: str, body: bytes) -> Begun | None:
+        """A get_job that has nothing to wait for but its claim, without a task of its own. Raises CulmError."""
+        if verb != "get_job":
+            return None
+        started = time.perf_counter()
+        try:
+            call = _GET_JOB.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        future = self._cases.dispatcher.begin(call)
+        return None if future is None else (future, partial(_finish, started))
+
     def undelivered(self, verb: str, body: bytes, _answer: bytes) -> None:
         """An answer that could not be sent: a get_job's jobs go back."""
         if verb == "get_job":
@@ -122,6 +139,16 @@ class Verbs:
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)
         return ShardReleaseAnswer(n_jobs=n_jobs)
+
+
+def _finish(started: float, future: "asyncio.Future[GetJobAnswer]") -> bytes:
+    try:
+        answer = _ENCODER.encode(future.result())
+    except CulmError as error:
+        telemetry.REQUESTS.labels("get_job", error.code).observe(time.perf_counter() - started)
+        raise
+    _GET_JOB_OK.observe(time.perf_counter() - started)
+    return answer
 
 
 def _entry(
