@@ -272,38 +272,54 @@ class LinkClient:
 
         Safe to retry: as the verb is. When the caller is cancelled the shard is told.
         """
+        answer = self.begin(verb, body, deadline_s, waits=waits)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # An answer that came in the same turn of the loop: nobody else will see it.
+            if not answer.cancelled() and answer.exception() is None:
+                self.options.orphan(verb, body, answer.result())
+            raise
+
+    def begin(self, verb: str, body: bytes, deadline_s: float, *, waits: bool = False) -> "asyncio.Future[bytes]":
+        """The same as a future. Who cancels it is gone: the shard is told.
+
+        Raises Unavailable: shard_down (nothing was sent), overloaded; the rest is the future's.
+        """
         connection = self._connection
         if connection is None:
             raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
         n_waiting = connection.n_waiting
         if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
             raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
+        loop = asyncio.get_running_loop()
         stream = next(self._streams)
-        call = _Call(verb, body, asyncio.get_running_loop().create_future())
+        call = _Call(verb, body, loop.create_future())
         connection.send(Frame(Kind.CALL, stream, verb, int(deadline_s * 1000), body))
         connection.calls[stream] = call
         connection.n_waiting += waits
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await call.answer
-        except TimeoutError:
-            self._abandon(connection, stream, call)
-            raise Unavailable(
-                "deadline", f"shard {self.name} gave no answer in {deadline_s:.1f} s", details={"shard": self.name}
-            ) from None
-        except asyncio.CancelledError:
-            self._abandon(connection, stream, call)
-            raise
-        finally:
-            connection.n_waiting -= waits
+        timer = loop.call_later(deadline_s, self._too_late, connection, stream, call, deadline_s)
+        call.answer.add_done_callback(partial(self._ended, connection, stream, timer, waits))
+        return call.answer
 
-    def _abandon(self, connection: "_ClientConnection", stream: int, call: _Call) -> None:
-        """Nobody waits any more: tell the shard, or give back an answer that came in the same turn of the loop."""
-        answer = call.answer
-        if not answer.done() or answer.cancelled():
+    def _ended(
+        self,
+        connection: "_ClientConnection",
+        stream: int,
+        timer: asyncio.TimerHandle,
+        waits: bool,  # of a callback
+        answer: "asyncio.Future[bytes]",
+    ) -> None:
+        timer.cancel()
+        connection.n_waiting -= waits
+        if answer.cancelled():
             connection.send(Frame(Kind.CANCEL, stream))
-        elif answer.exception() is None:
-            self.options.orphan(call.verb, call.body, answer.result())
+
+    def _too_late(self, connection: "_ClientConnection", stream: int, call: "_Call", deadline_s: float) -> None:
+        if not call.answer.done():
+            text = f"shard {self.name} gave no answer in {deadline_s:.1f} s"
+            call.answer.set_exception(Unavailable("deadline", text, details={"shard": self.name}))
+            connection.send(Frame(Kind.CANCEL, stream))
 
     async def _keep(self) -> None:
         pause_s = 0.05

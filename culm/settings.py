@@ -83,6 +83,8 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     """Requests under way on one link, not counting pilots that wait for work; beyond it 503."""
     link_waiting: Count = 20_000
     """Pilots that wait for work on one link; beyond it 503."""
+    fast_lane: bool = True
+    """Serve get_job, heartbeat and report without a framework's request for each; false: aiohttp serves all alike."""
     max_connections: Count = 20_000
     """Connections of clients per worker process; beyond it 503."""
     topology_poll_s: Seconds = 0.5
