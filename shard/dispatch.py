@@ -356,7 +356,7 @@ class Dispatcher:
         except QueueLostError:
             parts.refill.lost()
             return hints
-        parts.refill.mark(taken.low)
+        parts.refill.low(taken.low)
         if parts.refill.n_begun != n_begun:
             # A refill has emptied a class meanwhile: what was taken may not be the best. InnoDB knows.
             parts.refill.mark(key for number in asked for key in groups[number][0])
@@ -376,6 +376,7 @@ class Dispatcher:
             if len(self._broken) < MAX_BROKEN:
                 self._broken |= claimed.broken
         if claimed.from_database:
+            self._parts.refill.taken(hint.id for hint in claimed.from_database)
             self._parts.refill.shelf.drop(hint.id for hint in claimed.from_database)
             self._aside(self._remove_quietly(claimed.from_database))
         for request, seat in zip(batch, claimed.seats, strict=True):

@@ -66,6 +66,11 @@ SELECT id, slot, class_id, ranking FROM ready FORCE INDEX (PRIMARY) WHERE id IN 
 { UNION ALL |(SELECT id, slot, class_id, ranking FROM ready
     WHERE slot = %s AND class_id = %s ORDER BY ranking, id LIMIT %s)}
 
+-- What comes after one in the order of dispatch.
+-- name: next_ready
+SELECT id, slot, class_id, ranking FROM ready FORCE INDEX (dispatch_order)
+WHERE slot = %s AND class_id = %s AND (ranking > %s OR (ranking = %s AND id > %s)) ORDER BY ranking, id LIMIT %s
+
 -- name: active_classes
 SELECT DISTINCT slot, class_id FROM ready
 

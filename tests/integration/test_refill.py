@@ -1,6 +1,7 @@
 """Keeping the dispatch queue whole: what marks a class, what mends it, and what a look into InnoDB finds again."""
 
 import asyncio
+import random
 
 import msgspec
 import pytest
@@ -192,7 +193,7 @@ async def test_a_low_class_is_topped_up_while_it_is_drained_in_order(both: Serve
         wanted = [i for _, i in sorted((-(n % 7), identifier) for n, identifier in enumerate(ids))]
         got = [grant.id for _ in range(20) for grant in await shard.get(n_jobs=3)]
         assert got == wanted
-        assert shard.shard.refill.n_begun > 1
+        assert shard.shard.refill.n_topped_up > 1
 
 
 async def test_what_a_load_finds_is_active_and_dirty_once(both: Servers) -> None:
@@ -252,3 +253,20 @@ async def test_a_push_that_was_lost_is_found_again_by_a_refill(both: Servers) ->
         [grant] = await shard.get()
         assert grant.id == identifier
         assert await shard.state(identifier) is State.SENT
+
+
+async def test_what_comes_while_a_class_is_drained_and_topped_up_is_dispatched_in_order(both: Servers) -> None:
+    chance = random.Random(7)
+    async with partition(both, dispatch=QUIET) as shard:
+        ready: dict[int, int] = {}
+        for _ in range(120):
+            for _ in range(chance.randrange(4)):
+                priority = chance.randrange(5)
+                [identifier] = await shard.submit(job(priority=priority))
+                ready[identifier] = priority
+            best = sorted(ready, key=lambda identifier: (-ready[identifier], identifier))[: chance.randrange(1, 3)]
+            if best:
+                assert [grant.id for grant in await shard.get(n_jobs=len(best))] == best
+                for identifier in best:
+                    del ready[identifier]
+        assert shard.shard.refill.n_topped_up > 1
