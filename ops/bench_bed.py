@@ -1,4 +1,4 @@
-"""What `culm bench` measures on: real processes in a private folder, started as a cluster's are, without a supervisor."""
+"""What `culm bench` measures on: real processes in a private folder, started as a cluster's, without a supervisor."""
 
 import asyncio
 import os
@@ -49,11 +49,7 @@ class Bed:
         ]
         try:
             for child in self._children:
-                await child.start()
-                if not await child.ready():
-                    raise CulmError(
-                        "start_failed", f"{child.process.name} did not come up, see {self._log(child.process)}"
-                    )
+                await self._start(child)
         except BaseException:
             await self._stop()
             raise
@@ -61,6 +57,11 @@ class Bed:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stop()
+
+    async def _start(self, child: Child) -> None:
+        await child.start()
+        if not await child.ready():
+            raise CulmError("start_failed", f"{child.process.name} did not come up, see {self._log(child.process)}")
 
     async def _stop(self) -> None:
         for child in reversed(self._children):

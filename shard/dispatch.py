@@ -11,14 +11,13 @@ import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import Counter as Metric
 from prometheus_client import Gauge
 
 from culm.errors import ClientFault, CulmError, Moved, Unavailable
-from culm.matching import Offer
 from culm.settings import ShardSettings
 from culm.wire import GetJobAnswer, ShardGetJob
 from shard.askers import Askers
@@ -31,6 +30,7 @@ from shard.hints import ClassKey, Hint
 from shard.ownership import Ownership
 from shard.parking import Parking
 from shard.refill import Refill
+from shard.request import Request, Wake
 
 CONTENDED_PAUSE_S = 0.003
 """A rival holds the only candidates: he commits or gives up in about this time."""
@@ -55,46 +55,6 @@ Release = Callable[[str, str], Awaitable[int]]
 
 
 @dataclass(frozen=True)
-class _Wake:
-    """Why a parked request was woken: so many jobs of a class became ready; None is a number not known."""
-
-    key: ClassKey
-    n_jobs: int | None
-
-
-@dataclass(eq=False)
-class _Request:
-    call: ShardGetJob
-    arrived: int
-    key: tuple[str, str]
-    slots: tuple[int, ...]
-    deadline: float
-    """Loop time until which it may wait."""
-    clients: list["asyncio.Future[GetJobAnswer]"] = field(default_factory=list)
-    """Who waits for the answer; a repeat of a request under way joins it."""
-    n_clients: int = 0
-    """Of these the ones that are still there."""
-    answer: GetJobAnswer | None = None
-    """What it was answered."""
-    done: bool = False
-    """Answered, or refused."""
-    looked_at: dict[ClassKey, int] = field(default_factory=dict)
-    """The classes that fitted at the last look, each with its number of announcements."""
-    woken: _Wake | None = None
-    """What it was woken for; what it does not take of that is passed on to the next that waits."""
-    n_collisions: int = 0
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
-
-    @property
-    def offer(self) -> Offer:
-        return self.call.offer
-
-    @property
-    def n_jobs(self) -> int:
-        return self.call.n_jobs
-
-
-@dataclass(frozen=True)
 class DispatchParts:
     """What the dispatcher works with."""
 
@@ -113,11 +73,11 @@ class Dispatcher:
         self._parts = parts
         self._settings = settings
         self._release = release
-        self._pending: deque[_Request] = deque()
+        self._pending: deque[Request] = deque()
         self._arrived = asyncio.Event()
         self._numbers = itertools.count()
-        self._requests: dict[tuple[str, str], _Request] = {}
-        self._parking: Parking[_Request] = Parking()
+        self._requests: dict[tuple[str, str], Request] = {}
+        self._parking: Parking[Request] = Parking()
         self._workers: list[asyncio.Task[None]] = []
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._returning: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -185,22 +145,12 @@ class Dispatcher:
             if len(self._pending) >= self._settings.dispatch.max_pending:
                 raise Unavailable("overloaded", "too many get_job requests are waiting")
             slots = tuple([ref.slot for ref in call.slots])
-            request = _Request(call, next(self._numbers), key, slots, loop.time() + call.wait_s)
+            request = Request(call, next(self._numbers), key, slots, loop.time() + call.wait_s)
             self._requests[key] = request
             self._enqueue(request)
         elif request.offer.queue != call.offer.queue:
             raise ClientFault("request_id_reused", "this request id is in use for another computing queue")
-        client: asyncio.Future[GetJobAnswer] = loop.create_future()
-        request.clients.append(client)
-        request.n_clients += 1
-        client.add_done_callback(partial(self._client_done, request))
-        return client
-
-    def _client_done(self, request: _Request, client: "asyncio.Future[GetJobAnswer]") -> None:
-        if client.cancelled():
-            request.n_clients -= 1
-            if request.n_clients == 0:
-                self._abandon(request)
+        return request.join(self._abandon)
 
     async def announce(self, hints: Sequence[Hint]) -> None:
         """Jobs became ready, and that is committed: tell Redis, then wake as many parked requests."""
@@ -221,13 +171,13 @@ class Dispatcher:
         finally:
             # Also when the caller is cancelled here: the jobs are ready all the same.
             for key, n_jobs in counts.items():
-                self._wake(_Wake(key, n_jobs))
+                self._wake(Wake(key, n_jobs))
 
     def look_again(self) -> None:
         """Nobody may wait whom an active class fits: he looked in vain, so an announcement was lost since."""
         for slot, offer in self._parking.offers():
             for key in self._parts.classes.fitting([slot], offer)[:1]:
-                self._wake(_Wake(key, None))
+                self._wake(Wake(key, None))
 
     async def withdraw(self, hints: Sequence[Hint]) -> None:
         """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
@@ -251,8 +201,8 @@ class Dispatcher:
             if batch:
                 await self._serve(batch)
 
-    def _next_batch(self) -> list[_Request]:
-        batch: list[_Request] = []
+    def _next_batch(self) -> list[Request]:
+        batch: list[Request] = []
         n_jobs = 0
         while self._pending and (not batch or n_jobs + self._pending[0].n_jobs <= self._settings.dispatch.max_batch):
             request = self._pending.popleft()
@@ -266,7 +216,7 @@ class Dispatcher:
         _PENDING.set(len(self._pending))
         return batch
 
-    async def _serve(self, batch: list[_Request]) -> None:
+    async def _serve(self, batch: list[Request]) -> None:
         """Claim for a batch. A failure is answered to each of it; it never ends the worker."""
         parts = self._parts
         hints: list[list[Hint]] = []
@@ -324,7 +274,7 @@ class Dispatcher:
 
         return work
 
-    def _seats(self, batch: list[_Request]) -> list[Seat]:
+    def _seats(self, batch: list[Request]) -> list[Seat]:
         """The seats of a batch; what would make it too wide is taken out of it, and is the next one's."""
         seats: list[Seat] = []
         seen: set[tuple[ClassKey, ...]] = set()
@@ -365,7 +315,7 @@ class Dispatcher:
             hints[number] = some
         return hints
 
-    def _settle(self, batch: list[_Request], claimed: Claimed, announced: dict[ClassKey, int]) -> None:
+    def _settle(self, batch: list[Request], claimed: Claimed, announced: dict[ClassKey, int]) -> None:
         _BATCHES.inc()
         for key in claimed.empty:
             self._parts.classes.seen_empty(key, announced[key])
@@ -394,14 +344,14 @@ class Dispatcher:
                 request.woken = None
                 self._park(request)
 
-    def _again_soon(self, request: _Request) -> None:
+    def _again_soon(self, request: Request) -> None:
         loop = asyncio.get_running_loop()
         if loop.time() > request.deadline + PATIENCE_S:
             self._fail(request, Unavailable("contended", "others hold the jobs that fit", retry_after_s=0.5))
         else:
             loop.call_later(CONTENDED_PAUSE_S, self._enqueue, request)
 
-    def _collided(self, batch: list[_Request]) -> None:
+    def _collided(self, batch: list[Request]) -> None:
         for request in batch:
             request.n_collisions += 1
             if request.n_collisions < MAX_COLLISIONS:
@@ -410,7 +360,7 @@ class Dispatcher:
                 log.error("request %s of %s collides in every claim", request.call.request_id, request.call.subject)
                 self._fail(request, Unavailable("contended", "the claim met another one every time"))
 
-    def _park(self, request: _Request) -> None:
+    def _park(self, request: Request) -> None:
         now = asyncio.get_running_loop().time()
         if request.done:
             return
@@ -428,22 +378,22 @@ class Dispatcher:
                 self._abandon(request)
             _PARKED.set(len(self._parking))
 
-    def _announced_since(self, request: _Request) -> bool:
+    def _announced_since(self, request: Request) -> bool:
         classes = self._parts.classes
         fitting = classes.fitting(request.slots, request.offer)
         return any(classes.announced(key) != request.looked_at.get(key) for key in fitting)
 
-    def _wake(self, wake: _Wake) -> None:
+    def _wake(self, wake: Wake) -> None:
         """Wake as many parked requests as want these jobs; one where their number is not known."""
         n_left = 1 if wake.n_jobs is None else wake.n_jobs
         for request in self._parking.wake(wake.key.slot, n_left, partial(self._parts.classes.fits, wake.key)):
             share = None if wake.n_jobs is None else min(n_left, request.n_jobs)
             n_left -= request.n_jobs
-            request.woken = _Wake(wake.key, share)
+            request.woken = Wake(wake.key, share)
             self._enqueue(request)
         _PARKED.set(len(self._parking))
 
-    def _wait_is_over(self, request: _Request) -> None:
+    def _wait_is_over(self, request: Request) -> None:
         if self._parking.leave(request):
             _PARKED.set(len(self._parking))
             if self._parts.classes.fitting(request.slots, request.offer):
@@ -454,37 +404,27 @@ class Dispatcher:
 
     # --- the ends of a request
 
-    def _answer(self, request: _Request, answer: GetJobAnswer) -> None:
+    def _answer(self, request: Request, answer: GetJobAnswer) -> None:
         self._forget(request)
-        if not request.done:
-            request.done, request.answer = True, answer
-            for client in request.clients:
-                if not client.done():
-                    client.set_result(answer)
+        request.give(answer)
         if answer.jobs and request.n_clients == 0:
             self.hand_back(*request.key)
         if request.woken is not None:
             wake, request.woken = request.woken, None
             self._wake(wake)
 
-    def _fail(self, request: _Request, error: CulmError) -> None:
+    def _fail(self, request: Request, error: CulmError) -> None:
         self._forget(request)
-        if not request.done:
-            request.done = True
-            for client in request.clients:
-                if not client.done():
-                    client.set_exception(error)
-                    # Nobody may be left to look at it, which is no fault.
-                    client.exception()
+        request.refuse(error)
 
-    def _abandon(self, request: _Request) -> None:
+    def _abandon(self, request: Request) -> None:
         """The last client is gone: out of the parking, or the answer goes back when it comes."""
         if self._parking.leave(request):
             self._answer(request, GetJobAnswer())
         elif request.answer is not None and request.answer.jobs:
             self.hand_back(*request.key)
 
-    def _refuse_moved(self, batch: list[_Request], moved: Moved) -> None:
+    def _refuse_moved(self, batch: list[Request], moved: Moved) -> None:
         """Refuse those that believe in another epoch; the others of the batch go on."""
         slot, epoch = moved.details["slot"], moved.details["epoch"]
         for request in batch:
@@ -493,13 +433,13 @@ class Dispatcher:
             else:
                 self._enqueue(request)
 
-    def _forget(self, request: _Request) -> None:
+    def _forget(self, request: Request) -> None:
         if request.timer is not None:
             request.timer.cancel()
         if self._requests.get(request.key) is request:
             del self._requests[request.key]
 
-    def _enqueue(self, request: _Request) -> None:
+    def _enqueue(self, request: Request) -> None:
         if self._stopping:
             self._fail(request, Unavailable("stopping", "the shard is stopping"))
             return
@@ -540,9 +480,9 @@ class Dispatcher:
             log.warning("could not give back request %s: %s", request_id, error)
 
 
-def _left_over(wake: _Wake | None, taken: Sequence[ClassKey]) -> _Wake | None:
+def _left_over(wake: Wake | None, taken: Sequence[ClassKey]) -> Wake | None:
     """What is to be passed on of a wake-up after its request took these."""
     if wake is None or wake.n_jobs is None:
         return wake
     n_left = wake.n_jobs - taken.count(wake.key)
-    return _Wake(wake.key, n_left) if n_left > 0 else None
+    return Wake(wake.key, n_left) if n_left > 0 else None
