@@ -16,6 +16,8 @@ from tests.partition import PILOT, QUEUE, Partition, job
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
+NOTHING_S = 3.0
+LAST = b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 _GOES = re.compile(rb"(?m)^(Date|Server): .*\r\n")
 
 _TOKENS: dict[Path, str] = {}
@@ -68,36 +70,26 @@ def _request(router: RunningFront, body: bytes, *lines: str, path: str = "/v1/ge
     return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
 
 
-async def _exchange(router: RunningFront, pieces: Sequence[bytes], pause_s: float = 0.0) -> bytes:
-    """Send the pieces, then end; everything that comes back."""
+async def _exchange(router: RunningFront, pieces: Sequence[bytes]) -> bytes:
+    """Send the pieces, each when the one before has been read, and a last request that ends it; all that comes back."""
     host, port = router.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         async with asyncio.timeout(DEADLINE_S):
             heard = asyncio.ensure_future(reader.read())
-            for piece in pieces:
+            for piece in (*pieces, LAST):
+                if heard.done() or writer.transport.is_closing():
+                    break
                 writer.write(piece)
-                await writer.drain()
-                await asyncio.sleep(pause_s)
-            # The router answers before it hears that we have ended, or says that it will close.
-            await _quiet(reader, heard)
-            return await heard if heard.done() else await _end(writer, heard)
+                # The router runs in this event loop: when this is answered it has read what came before.
+                assert (await router.send("GET", "/health")).status == 200
+            # Where the last request became a part of a body that is longer still, nothing will ever come.
+            await asyncio.wait([heard], timeout=NOTHING_S)
+            if not heard.done() and writer.can_write_eof():
+                writer.write_eof()
+            return await heard
     finally:
         writer.close()
-
-
-async def _quiet(reader: asyncio.StreamReader, heard: "asyncio.Future[bytes]") -> None:
-    """Until nothing more comes for a while."""
-    last = -1
-    while not heard.done() and len(reader._buffer) != last:  # type: ignore[attr-defined]
-        last = len(reader._buffer)  # type: ignore[attr-defined]
-        await asyncio.wait([heard], timeout=0.15)
-
-
-async def _end(writer: asyncio.StreamWriter, heard: "asyncio.Future[bytes]") -> bytes:
-    if writer.can_write_eof():
-        writer.write_eof()
-    return await heard
 
 
 def _comparable(answer: bytes) -> bytes:
@@ -105,23 +97,27 @@ def _comparable(answer: bytes) -> bytes:
     return _GOES.sub(b"", answer)
 
 
-async def _same(routers: Routers, make: Callable[[RunningFront], Sequence[bytes]], pause_s: float = 0.0) -> bytes:
+async def _same(routers: Routers, make: Callable[[RunningFront], Sequence[bytes]]) -> bytes:
     """What both answer, which must be the same."""
-    fast, plain = [_comparable(await _exchange(router, make(router), pause_s)) for router in routers]
+    fast, plain = [_comparable(await _exchange(router, make(router))) for router in routers]
     assert _parts(fast) == _parts(plain)
     return fast
 
 
-def _parts(answer: bytes) -> list[bytes]:
-    """Status lines, headers and bodies, the headers of each answer in one order."""
-    found: list[bytes] = []
+def _parts(answer: bytes) -> list[tuple[bytes, list[bytes], bytes]]:
+    """Of each answer the status line, the headers in one order, and the body."""
+    found = []
     while answer:
         head, _, rest = answer.partition(b"\r\n\r\n")
         first, *headers = head.split(b"\r\n")
         length = next((int(h.split(b":")[1]) for h in headers if h.lower().startswith(b"content-length")), 0)
-        found += [first, *sorted(headers), rest[:length]]
+        found.append((first, sorted(headers), rest[:length]))
         answer = rest[length:]
     return found
+
+
+def _bodies(answer: bytes) -> list[bytes]:
+    return [body for _, _, body in _parts(answer)]
 
 
 # --- what it takes on ------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ async def test_a_job_is_given_as_the_ordinary_way_gives_it(
             else msgspec.msgpack.encode(msgspec.json.decode(_body(f"request-{number}")))
         )
         answer = await _exchange(router, [_request(router, body, kind=kind)])
-        head, _, content = answer.partition(b"\r\n\r\n")
+        head, content = answer.partition(b"\r\n\r\n")[0], _bodies(answer)[0]
         assert head.startswith(b"HTTP/1.1 200 OK\r\n")
         assert f"Content-Type: application/{kind}".encode() in head
         [grant] = decode(content)["jobs"]
@@ -172,8 +168,8 @@ async def test_many_requests_on_one_connection_are_answered_in_their_order(
     # The second time they are repeats, and in pieces that the lane leaves to aiohttp.
     for pieces, n_served in (([sent], 5), ([sent[n : n + 100] for n in range(0, len(sent), 100)], 0)):
         served.clear()
-        bodies = _parts(_comparable(await _exchange(fast, pieces)))
-        found = [grant["id"] for body in bodies if body.startswith(b"{") for grant in msgspec.json.decode(body)["jobs"]]
+        bodies = _bodies(await _exchange(fast, pieces))[:5]
+        found = [grant["id"] for body in bodies for grant in msgspec.json.decode(body)["jobs"]]
         assert found == ids
         assert served == ["get_job"] * n_served
 
@@ -183,7 +179,7 @@ async def test_what_comes_in_pieces_is_put_together(shard: Partition, routers: R
     request = _request(fast, _body())
     cut = request.index(b"\r\n\r\n") + 4
     for at in (cut, cut + 1, len(request) - 1):
-        answer = await _exchange(fast, [request[:at], request[at:]], pause_s=0.02)
+        answer = await _exchange(fast, [request[:at], request[at:]])
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert served == ["get_job"] * 3
 
@@ -191,11 +187,25 @@ async def test_what_comes_in_pieces_is_put_together(shard: Partition, routers: R
 async def test_a_rest_that_does_not_come_is_aiohttps_to_wait_for(
     routers: Routers, served: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    left = asyncio.Event()
+    too_slow = lane.Connection._too_slow
+
+    def noted(self: lane.Connection) -> None:
+        too_slow(self)
+        left.set()
+
+    monkeypatch.setattr(lane.Connection, "_too_slow", noted)
     monkeypatch.setattr(lane, "HOLD_S", 0.05)
     fast, _ = routers
+    host, port = fast.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
     request = _request(fast, _body())
-    answer = await _exchange(fast, [request[:-5], request[-5:]], pause_s=0.3)
-    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    async with asyncio.timeout(DEADLINE_S):
+        writer.write(request[:-5])
+        await left.wait()
+        writer.write(request[-5:])
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.close()
     assert served == []
 
 
@@ -270,7 +280,7 @@ _ODD_ONES = [
 
 @pytest.mark.parametrize("which", _ODD_ONES)
 async def test_what_is_odd_is_answered_as_the_ordinary_way_does(routers: Routers, which: str) -> None:
-    assert await _same(routers, lambda router: _odd(router)[which], pause_s=0.1)
+    assert await _same(routers, lambda router: _odd(router)[which])
 
 
 async def test_every_odd_request_is_tried(routers: Routers) -> None:
@@ -331,7 +341,8 @@ async def test_a_shard_that_is_gone_is_said_with_a_time_to_come_again(shard: Par
     fast, _ = routers
     links = list(fast.forward.links._links.values())
     await eventually(lambda: not any(link.connected for link in links), DEADLINE_S, what="the links are down")
-    head, _, body = (await _exchange(fast, [_request(fast, _body())])).partition(b"\r\n\r\n")
+    answer = await _exchange(fast, [_request(fast, _body())])
+    head, body = answer.partition(b"\r\n\r\n")[0], _bodies(answer)[0]
     assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
     assert b"\r\nRetry-After: " in head
     assert msgspec.json.decode(body)["error"]["code"] == "shard_down"
