@@ -31,6 +31,18 @@ class QueueRequest(Request, frozen=True, kw_only=True):
     """Kept in the topology's audit log, and with a status that it sets."""
 
 
+class VoRequest(Request, frozen=True, kw_only=True):
+    """Change fields of a VO's policy in this authority's section."""
+
+    vo: Name
+    changes: Annotated[dict[str, Any], Meta(min_length=1)]
+    """Fields of a Policy with their new values; 0 takes back what was said."""
+    expected_epoch: int | None = None
+    """The section's epoch that the change was made for; None to build on whatever is there."""
+    reason: Annotated[str, Meta(max_length=500)] = ""
+    """Kept in the topology's audit log."""
+
+
 class ChangedAnswer(Answer, frozen=True, kw_only=True):
     """The section's epoch after the change; the same as before if there was nothing to change."""
 

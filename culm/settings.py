@@ -127,7 +127,10 @@ class DatabaseSettings(Settings, frozen=True, kw_only=True):
 
 
 class Timeouts(Settings, frozen=True, kw_only=True):
-    """How long a job may stay silent in a state; seconds. The defaults are PanDA's, the first lease is ours."""
+    """How long a job may stay silent in a state; seconds. The defaults are PanDA's, the first lease is ours.
+
+    The first six hold where neither the computing queue nor the VO has a policy (`culm vo set`, `culm site set`).
+    """
 
     first_lease_s: Seconds = 600.0
     """`sent` until the first sign of life."""
@@ -145,6 +148,23 @@ class Timeouts(Settings, frozen=True, kw_only=True):
     """So often a job may be given back for free; each further time uses up an attempt."""
     grace_s: Seconds = 60.0
     """After a restart of the shard or its database the reaper waits so long: heartbeats could not come."""
+
+
+class SubmitDefaults(Settings, frozen=True, kw_only=True):
+    """What a job gets that does not say, where neither its computing queue nor its VO has a default."""
+
+    cores: Annotated[int, Meta(ge=1, le=4096)] = 1
+    """Cores."""
+    memory_mb: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """MiB of memory; 0: does not matter."""
+    disk_mb: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """MiB of disk; 0: does not matter."""
+    walltime_s: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """Seconds of walltime; 0: does not matter."""
+    max_attempts: Annotated[int, Meta(ge=1, le=50)] = 3
+    """Attempts that may be lost."""
+    max_priority: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """No job gets a higher priority; 0: no bound."""
 
 
 class DispatchSettings(Settings, frozen=True, kw_only=True):
@@ -206,6 +226,8 @@ class ShardSettings(Settings, frozen=True, kw_only=True):
     """The partition's database."""
     timeouts: Timeouts = Timeouts()
     """How long a job may stay silent."""
+    submit: SubmitDefaults = SubmitDefaults()
+    """What a job gets that does not say."""
     dispatch: DispatchSettings = DispatchSettings()
     """The dispatch queue and the claim batches."""
     archive: ArchiveSettings = ArchiveSettings()

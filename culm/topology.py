@@ -15,8 +15,10 @@ import msgspec
 from msgspec import Meta
 from uhashring import HashRing
 
+from culm import policies
 from culm.errors import ClientFault, Conflict
 from culm.ids import MAX_SLOT
+from culm.policies import NO_POLICY, Amount, Policy
 from culm.priorities import MAX_PRIORITY
 from culm.wire import Name, OptionalName, SlotRef
 
@@ -28,14 +30,12 @@ N = TypeVar("N")
 Account = Annotated[str, Meta(min_length=3, max_length=160, pattern="^[^:]+:.")]
 MAX_BANNED: Final = 10_000
 
+PriorityOffset = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 QueueStatus = Literal["online", "offline", "test", "brokeroff"]
-Amount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-LeaseSeconds = Annotated[float, Meta(ge=0, le=10_000_000)]
-"""Bounded: MessagePack can carry infinity, which the JSON of a section would turn into null, readable to nobody."""
 
 
-class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """A computing queue: a site's resource description that pilots ask for. 0 means no limit, empty means unknown."""
+class Queue(Policy, frozen=True, kw_only=True):
+    """A computing queue: what a site offers pilots that ask for it (0: no limit, empty: unknown), and its policy."""
 
     status: QueueStatus = "online"
     type: Literal["analysis", "production", "unified"] = "unified"
@@ -43,12 +43,10 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     memory_mb: Amount = 0
     disk_mb: Amount = 0
     walltime_s: Amount = 0
-    releases: list[str] = []
-    platforms: list[str] = []
-    priority_offsets: dict[str, Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]] = {}
+    releases: list[str] = msgspec.field(default_factory=list)
+    platforms: list[str] = msgspec.field(default_factory=list)
+    priority_offsets: dict[str, PriorityOffset] = msgspec.field(default_factory=dict)
     """By working group; "" is for jobs without one. The largest that applies wins."""
-    first_lease_s: LeaseSeconds = 0.0
-    heartbeat_s: LeaseSeconds = 0.0
     reason: str = ""
     """Why the status is what it is, in the words of whoever set it."""
 
@@ -98,6 +96,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     default_region: OptionalName = ""
     banned: dict[Account, Annotated[str, Meta(max_length=500)]] = {}
     """Accounts that may submit nothing here and, where they are this authority's own, nowhere; with the reason."""
+    vos: dict[Name, Policy] = {}
+    """What holds for the jobs of a VO in the slots of this authority, whoever submitted them."""
 
 
 class SiteRegistration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -184,6 +184,34 @@ class Topology:
                 return section.banned[account] or "no reason was given"
         return None
 
+    def policy(self, slot: int, vo: str, queue: str = "") -> Policy:
+        """What the authority of a slot has decided for a VO's jobs there, the computing queue's own word first.
+
+        No other authority's word counts: a region that lives alone must not change with what it hears of others.
+
+        Args:
+            slot: where the jobs lie.
+            vo: whose they are; a VO without a policy has none.
+            queue: the computing queue that they are pinned to or run at; "" for none.
+
+        Raises ClientFault(unknown_slot) outside of all blocks.
+        """
+        section = self.sections.get(authority_of_slot(slot))
+        if section is None:
+            return NO_POLICY
+        of_vo = section.vos.get(vo, NO_POLICY)
+        site = section.sites.get(self.site_of_queue.get(queue, "")) if queue else None
+        own = site.queues.get(queue) if site is not None else None
+        return policies.over(own, of_vo) if own is not None else of_vo
+
+    def policies(self, slot: int) -> Iterator[Policy]:
+        """Every policy that may count for a job of a slot: of VOs, of its site's queues. Raises as `policy`."""
+        section = self.sections.get(authority_of_slot(slot))
+        if section is not None:
+            yield from section.vos.values()
+            site = section.sites.get(self.site_of_slot.get(slot, ""))
+            yield from site.queues.values() if site is not None else ()
+
     def queue(self, name: str) -> tuple[str, Site, Queue]:
         """The site's name, the site and the description of a computing queue. Raises ClientFault(unknown_queue)."""
         site_name = self.site_of_queue.get(name)
@@ -256,6 +284,12 @@ def validate(section: Section) -> None:
         for queue in site.queues:
             other = owners.setdefault(queue, name)
             _require(other == name, f"computing queue {queue} is named by the sites {other} and {name}")
+        for queue, described in site.queues.items():
+            # What a job gets that does not say must be something that the computing queue has.
+            for what in ("cores", "memory_mb", "disk_mb", "walltime_s"):
+                most, default = getattr(described, what), getattr(described, f"default_{what}")
+                _require(not most or default <= most, f"{queue} has {what} {most}, but default_{what} is {default}")
+    _require(len(section.vos) <= policies.MAX_VOS, f"{policies.MAX_VOS} VOs at most have a policy")
     _require(
         not section.default_region or section.default_region in section.regions,
         f"the default region {section.default_region} is unknown",
@@ -374,6 +408,19 @@ def set_ban(section: Section, account: str, reason: str | None) -> Section:
         raise ClientFault(
             "bad_account", f"{account[:160]!r} is not AUTHORITY:SUBJECT, or the reason is too long"
         ) from None
+    return changed
+
+
+def set_vo(section: Section, vo: str, /, **changes: object) -> Section:
+    """The section with fields of a VO's policy changed, one epoch later; the same section if nothing changes.
+
+    Raises ClientFault: bad_vo as `culm.policies.changed`, bad_topology.
+    """
+    vos = policies.changed(section.vos, vo, changes)
+    if vos == section.vos:
+        return section
+    changed = msgspec.structs.replace(section, epoch=section.epoch + 1, vos=vos)
+    validate(changed)
     return changed
 
 

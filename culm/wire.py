@@ -62,7 +62,8 @@ class JobSpec(Request, frozen=True, kw_only=True):
     """One job as its submitter describes it. Immutable once stored.
 
     Target: a computing `queue`, or a `site`, or a `region`; none of them is the default region. Payload: exactly one
-    of `argv` (run as it is) and `shell` (given to `/bin/sh -c`).
+    of `argv` (run as it is) and `shell` (given to `/bin/sh -c`). Where `cores`, `memory_mb`, `disk_mb`, `walltime_s`
+    or `max_attempts` are not said (None, 0), the default of the computing queue, the VO or the shard is stored.
     """
 
     region: OptionalName = ""
@@ -74,7 +75,7 @@ class JobSpec(Request, frozen=True, kw_only=True):
     environment: Annotated[dict[Name, Word], Meta(max_length=256)] = {}
     label: Name = "user"
     working_group: OptionalName = ""
-    cores: Annotated[int, Meta(ge=1, le=4096)] = 1
+    cores: Annotated[int, Meta(ge=1, le=4096)] | None = None
     memory_mb: Amount = 0
     disk_mb: Amount = 0
     walltime_s: Amount = 0
@@ -82,7 +83,7 @@ class JobSpec(Request, frozen=True, kw_only=True):
     platform: OptionalName = ""
     pilot_type: OptionalName = ""
     priority: Annotated[int, Meta(ge=0, le=MAX_PRIORITY)] | None = None
-    max_attempts: Annotated[int, Meta(ge=1, le=50)] = 3
+    max_attempts: Annotated[int, Meta(ge=1, le=50)] | None = None
     inputs: Annotated[list[InputFile], Meta(max_length=1000)] = []
     outputs: Annotated[list[Name], Meta(max_length=1000)] = []
     parent_id: JobId | None = None

@@ -11,9 +11,17 @@ import msgspec
 
 from culm import access, address, topology_store
 from culm.errors import Conflict, Unavailable
-from culm.registry_wire import BanRequest, ChangedAnswer, QueueRequest, ShardRequest, SitesRequest, TopologyAnswer
+from culm.registry_wire import (
+    BanRequest,
+    ChangedAnswer,
+    QueueRequest,
+    ShardRequest,
+    SitesRequest,
+    TopologyAnswer,
+    VoRequest,
+)
 from culm.shard_links import ShardLinks
-from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_ban, set_queue
+from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_ban, set_queue, set_vo
 from culm.topology_store import Who
 from culm.wire import Principal
 
@@ -74,6 +82,17 @@ async def set_fields(home: Home, principal: Principal, request: QueueRequest) ->
         # A reason marks the status as set by an operator: a push of the catalogue keeps it.
         changes.setdefault("reason", request.reason or f"set by {principal.subject}")
     return await _change(home, principal, lambda section: set_queue(section, request.queue, **changes), request.reason)
+
+
+async def set_vo_fields(home: Home, principal: Principal, request: VoRequest) -> ChangedAnswer:
+    """Raises ClientFault (forbidden, bad_vo), Conflict(epoch_changed). Safe to retry: yes."""
+    return await _change(
+        home,
+        principal,
+        lambda section: set_vo(section, request.vo, **request.changes),
+        request.reason,
+        expected=request.expected_epoch,
+    )
 
 
 def show(principal: Principal, topology: Topology) -> TopologyAnswer:

@@ -14,12 +14,12 @@ from typing import Final
 import msgspec
 
 from culm.errors import ClientFault, CulmError
-from culm.settings import Timeouts
 from culm.states import Event, State
 from culm.wire import Grant, ShardGetJob
 from shard.database import ChangedUnderfootError, Row, Step, Transaction
 from shard.hints import ClassKey, Hint
 from shard.shelf import Shelf
+from shard.terms import Terms
 from shard.transitions import Change, happenings, job_of, lock_slots, require_open, writes
 
 MAX_ROUNDS: Final = 4
@@ -92,7 +92,7 @@ async def claim(
     tx: Transaction,
     seats: list[Seat],
     hints: Sequence[Sequence[Hint]],
-    timeouts: Timeouts,
+    terms: Terms,
     broken: frozenset[int] = frozenset(),
 ) -> Claimed:
     """Give jobs to the seats, in the order in which they sit.
@@ -101,7 +101,7 @@ async def claim(
         tx: a transaction of the claim pool.
         seats: without grants; they are filled.
         hints: per group of `groups_of`, the candidates from Redis; may be empty or wrong.
-        timeouts: the shard's defaults for lease times.
+        terms: what holds where the computing queue has no time-outs of its own.
         broken: jobs that are not to be tried, found so before.
 
     Raises:
@@ -123,7 +123,7 @@ async def claim(
             break
         if not await _win_from_database(tx, short, groups, result, broken):
             break
-    await _grant(tx, groups, timeouts, result)
+    await _grant(tx, groups, terms, result)
     return result
 
 
@@ -133,7 +133,7 @@ def enough(seats: Sequence[Seat], hints: Sequence[Sequence[Hint]]) -> bool:
 
 
 async def claim_at_once(
-    tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hint]], timeouts: Timeouts, shelf: Shelf
+    tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hint]], terms: Terms, shelf: Shelf
 ) -> Claimed:
     """The same as `claim`, where there is `enough` and everything is as it seems: one packet does it all.
 
@@ -151,7 +151,7 @@ async def claim_at_once(
         group.won = list(some[: group.wanted]) if group.keys else []
         result.unused += some[len(group.won) :]
     jobs = await _known(tx, [hint for group in groups for hint in group.won], shelf)
-    leases, changes = _grants(groups, jobs, timeouts, result)
+    leases, changes = _grants(groups, jobs, terms, result)
     if result.broken or any(hint.key not in group.keys for group in groups for hint in group.won):
         raise ChangedUnderfootError
     wanted = {ref for seat in seats for ref in seat.call.slots}
@@ -268,11 +268,11 @@ async def _best_in_database(tx: Transaction, group: _Group, own: frozenset[int],
     return sorted(hint for hint in found if hint.id not in own)
 
 
-async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, result: Claimed) -> None:
+async def _grant(tx: Transaction, groups: Sequence[_Group], terms: Terms, result: Claimed) -> None:
     won = [hint.id for group in groups for hint in group.won]
     if not won:
         return
-    leases, changes = _grants(groups, await _read_claimed(tx, won), timeouts, result)
+    leases, changes = _grants(groups, await _read_claimed(tx, won), terms, result)
     if not changes:
         return
     await tx.together(writes(changes, tx.writer, leases))
@@ -280,7 +280,7 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, 
 
 
 def _grants(
-    groups: Sequence[_Group], jobs: Mapping[int, Row], timeouts: Timeouts, result: Claimed
+    groups: Sequence[_Group], jobs: Mapping[int, Row], terms: Terms, result: Claimed
 ) -> tuple[list[tuple[object, ...]], list[Change]]:
     """Fill the seats with what their groups won; the leases and changes that make it so."""
     winners = _seat_winners(groups)
@@ -303,8 +303,9 @@ def _grants(
             continue
         job = job_of((*row[:14], row[15]))
         attempt, token = job.attempt + 1, secret[number * 2 * TOKEN_BYTES : (number + 1) * 2 * TOKEN_BYTES]
-        first_s = call.lease.first_s or timeouts.first_lease_s
-        heartbeat_s = call.lease.heartbeat_s or timeouts.heartbeat_s
+        of_vo = terms.of(job.slot, job.vo)
+        first_s = call.lease.first_s or of_vo.first_lease_s
+        heartbeat_s = call.lease.heartbeat_s or of_vo.heartbeat_s
         who = (call.request_id, ordinal, call.subject)
         leases.append((job.id, attempt, token, *who, first_s, heartbeat_s, first_s))
         changes.append(

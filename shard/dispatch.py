@@ -31,6 +31,7 @@ from shard.ownership import Ownership
 from shard.parking import Parking
 from shard.refill import Refill
 from shard.request import Request, Wake
+from shard.terms import Terms
 
 CONTENDED_PAUSE_S = 0.003
 """A rival holds the only candidates: he commits or gives up in about this time."""
@@ -64,6 +65,7 @@ class DispatchParts:
     ownership: Ownership
     refill: Refill
     askers: Askers
+    terms: Terms
 
 
 class Dispatcher:
@@ -263,14 +265,14 @@ class Dispatcher:
         self, seats: list[Seat], hints: list[list[Hint]], *, at_once: bool
     ) -> Callable[[Transaction], Awaitable[Claimed]]:
         """The claim's transaction; at once the first time if it may, with a look at everything when it runs again."""
-        timeouts, broken = self._settings.timeouts, frozenset(self._broken)
+        terms, broken = self._parts.terms, frozenset(self._broken)
         shelf = self._parts.refill.shelf
         tries = itertools.count()
 
         async def work(tx: Transaction) -> Claimed:
             if at_once and next(tries) == 0:
-                return await claim_at_once(tx, seats, hints, timeouts, shelf)
-            return await claim(tx, seats, hints, timeouts, broken)
+                return await claim_at_once(tx, seats, hints, terms, shelf)
+            return await claim(tx, seats, hints, terms, broken)
 
         return work
 

@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -27,11 +27,32 @@ from shard.hints import ClassKey, Hint
 from shard.id_blocks import IdBlocks
 from shard.ownership import Ownership
 from shard.shelf import Shelf
+from shard.terms import Terms, with_defaults
 from shard.transitions import add_to_tallies, lock_slots
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _CANONICAL: Final = msgspec.msgpack.Encoder(order="deterministic")
 _ROWS_PER_STATEMENT: Final = 500
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One job of a call, with what it does not say filled in by the policy."""
+
+    spec: JobSpec
+    needs: Requirements
+    class_id: int
+    offset: int
+    max_priority: int
+    """0: no bound."""
+
+
+class _Numbered(NamedTuple):
+    """A part of a call with its jobs, whose ids follow each other."""
+
+    part: SlotJobs
+    jobs: list[_Wanted]
+    first_id: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,7 @@ class Intake:
         classes: ClassRegistry,
         ownership: Ownership,
         settings: DispatchSettings,
+        terms: Terms,
         *,
         shelf: Shelf,
         announce: Callable[[Sequence[Hint]], Awaitable[None]],
@@ -73,6 +95,7 @@ class Intake:
         self._classes = classes
         self._ownership = ownership
         self._settings = settings
+        self._terms = terms
         self._shelf = shelf
         self._announce = announce
         self._ids = IdBlocks(database)
@@ -90,26 +113,29 @@ class Intake:
         """
         await self._ownership.require([part.at for part in call.parts])
         found = await self._database.run("read", lambda tx: self._find(tx, call))
-        if len(found) < len(call.parts):
-            self._require_room(call, [part for part in call.parts if part.at.slot not in found])
-            found |= await self._store(call, [part for part in call.parts if part.at.slot not in found])
+        parts = [part for part in call.parts if part.at.slot not in found]
+        if parts:
+            # Once: the policy of one moment holds for the whole call, however often its transaction runs.
+            wanted = [(part, _wanted(call.principal, part, self._terms)) for part in parts]
+            self._require_room(call, wanted)
+            found |= await self._store(call, wanted)
         return ShardSubmitAnswer(first_ids=[found[part.at.slot] for part in call.parts])
 
-    def _require_room(self, call: ShardSubmit, parts: Sequence[SlotJobs]) -> None:
+    def _require_room(self, call: ShardSubmit, wanted: Sequence[tuple[SlotJobs, list[_Wanted]]]) -> None:
         """Before anything is stored; two submits at once may pass both, which the bounds can bear."""
         limits = (self._settings.max_classes, self._settings.max_classes_per_owner)
-        for part in parts:
-            of_part = {_needs(call.principal, spec).class_id() for spec in part.specs if _is_ready(spec)}
+        for part, jobs in wanted:
+            of_part = {job.class_id for job in jobs if _is_ready(job.spec)}
             self._classes.require_room(part.at.slot, call.principal.account, of_part, limits)
 
-    async def _store(self, call: ShardSubmit, parts: Sequence[SlotJobs]) -> dict[int, int]:
+    async def _store(self, call: ShardSubmit, wanted: Sequence[tuple[SlotJobs, list[_Wanted]]]) -> dict[int, int]:
         """Make the jobs of these parts of a call; the first id by slot."""
-        numbered = [(part, await self._ids.take(part.at.slot, len(part.specs))) for part in parts]
+        numbered = [_Numbered(part, jobs, await self._ids.take(part.at.slot, len(jobs))) for part, jobs in wanted]
         try:
             jobs = await self._database.run("write", lambda tx: self._insert(tx, call, numbered))
         except DuplicateKeyError:
             found = await self._database.run("read", lambda tx: self._find(tx, call))
-            if any(part.at.slot not in found for part in parts):
+            if any(part.at.slot not in found for part, _ in wanted):
                 raise Unavailable("key_in_use", "another call with this key is under way; repeat this one") from None
             return found
         # Only now: of a transaction that was rolled back and run again nothing may be known.
@@ -118,7 +144,7 @@ class Intake:
                 self._classes.learn(*job.key, _ENCODER.encode(job.needs), call.principal.account)
         self._shelf.put_if_room([_on_shelf(call, job) for job in jobs if job.ready])
         await self._announce([Hint(-job.priority, job.id, job.key) for job in jobs if job.ready])
-        return {part.at.slot: first_id for part, first_id in numbered}
+        return {one.part.at.slot: one.first_id for one in numbered}
 
     async def _find(self, tx: Transaction, call: ShardSubmit) -> dict[int, int]:
         """The first id by slot of the parts that are stored.
@@ -135,19 +161,17 @@ class Intake:
         wanted = {part.at.slot for part in call.parts}
         return {row[0]: row[2] for row in rows if row[0] in wanted}
 
-    async def _insert(
-        self, tx: Transaction, call: ShardSubmit, numbered: Sequence[tuple[SlotJobs, int]]
-    ) -> list[_NewJob]:
-        await lock_slots(tx, [part.at for part, _ in numbered])
+    async def _insert(self, tx: Transaction, call: ShardSubmit, numbered: Sequence[_Numbered]) -> list[_NewJob]:
+        await lock_slots(tx, [one.part.at for one in numbered])
         owner = call.principal.account
         depths = _child_depths(call)
         serial = int((await tx.fetch("owner_active_jobs", owner))[0][0])
         submissions, made = [], list[_NewJob]()
-        for part, first_id in numbered:
+        for part, wanted, first_id in numbered:
             slot = part.at.slot
             jobs = [
-                _new_job(call.principal, part, index, (first_id + index, serial + index, depths))
-                for index in range(len(part.specs))
+                _new_job(call.principal, one, first_id + index, serial + index, depths)
+                for index, one in enumerate(wanted)
             ]
             serial += len(jobs)
             await self._insert_classes(tx, slot, jobs)
@@ -180,26 +204,41 @@ class Intake:
         )
 
 
-def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int, int, dict[int, int]]) -> _NewJob:
-    identifier, serial, depths = given
-    spec = part.specs[index]
-    needs = _needs(principal, spec)
+def _wanted(principal: Principal, part: SlotJobs, terms: Terms) -> list[_Wanted]:
+    """The jobs of a part, in its order. What many of them need is hashed once."""
+    class_ids: dict[Requirements, int] = {}
+    found = []
+    for index, given in enumerate(part.specs):
+        policy = terms.of(part.at.slot, principal.vo, given.queue)
+        spec = with_defaults(given, policy)
+        needs = _needs(principal, spec)
+        class_id = class_ids.get(needs)
+        if class_id is None:
+            class_id = class_ids[needs] = needs.class_id()
+        offset = part.offsets[index] if part.offsets else 0
+        found.append(_Wanted(spec, needs, class_id, offset, policy.max_priority))
+    return found
+
+
+def _new_job(principal: Principal, wanted: _Wanted, identifier: int, serial: int, depths: dict[int, int]) -> _NewJob:
+    spec, needs = wanted.spec, wanted.needs
     event = Event.SUBMIT_READY if _is_ready(spec) else Event.SUBMIT
-    offset = part.offsets[index] if part.offsets else 0
-    priority = default_priority(spec.label, serial=serial, offset=offset)
+    priority = default_priority(spec.label, serial=serial, offset=wanted.offset)
     if spec.priority is not None:
         # A user's own may order his jobs among each other, and only below what the formula gives him.
         priority = spec.priority if access.is_production(principal) else min(spec.priority, priority)
+    if wanted.max_priority:
+        priority = min(priority, wanted.max_priority)
     depth = 0 if spec.parent_id is None else depths[spec.parent_id]
     state = next_state(None, event)
-    return _NewJob(identifier, spec, _ENCODER.encode(spec), needs, needs.class_id(), event, state, priority, depth)
+    return _NewJob(identifier, spec, _ENCODER.encode(spec), needs, wanted.class_id, event, state, priority, depth)
 
 
 def _needs(principal: Principal, spec: JobSpec) -> Requirements:
     return Requirements(
         label=spec.label,
         vo=principal.vo,
-        cores=spec.cores,
+        cores=spec.cores or 1,
         memory_mb=spec.memory_mb,
         disk_mb=spec.disk_mb,
         walltime_s=spec.walltime_s,

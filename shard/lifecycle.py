@@ -14,7 +14,6 @@ import msgspec
 from culm import access
 from culm.errors import ClientFault, Conflict, CulmError
 from culm.ids import slot_of
-from culm.settings import Timeouts
 from culm.states import FINAL, LEASED, PILOT_EVENTS, TRANSITIONS, UNREADY, Event, State, next_state
 from culm.topology import authority_of_slot
 from culm.wire import (
@@ -35,6 +34,7 @@ from shard.archive import ArchivedJob, find_archived
 from shard.database import Database, Transaction
 from shard.hints import Hint, Notices
 from shard.ownership import Ownership
+from shard.terms import Terms, silence_s
 from shard.transitions import Change, Job, Lease, Locked, apply, lock_jobs, lock_slots, lost
 
 HEARTBEAT_STATES: Final = LEASED - {State.SENT}
@@ -70,11 +70,14 @@ class _OfJob(TypedDict):
 class Lifecycle:
     """The use cases of a job's life after its submit."""
 
-    def __init__(self, database: Database, ownership: Ownership, timeouts: Timeouts, notices: Notices) -> None:
+    def __init__(
+        self, database: Database, ownership: Ownership, notices: Notices, terms: Terms, max_releases: int
+    ) -> None:
         self._database = database
         self._ownership = ownership
-        self._timeouts = timeouts
         self._notices = notices
+        self._terms = terms
+        self._max_releases = max_releases
 
     async def heartbeat(self, call: ShardHeartbeat) -> HeartbeatAnswer:
         """Extend the lease; move the state on if the pilot is further.
@@ -135,17 +138,9 @@ class Lifecycle:
         await self._notices.announce(hints)
         return len(hints)
 
-    def lease_s(self, state: State, lease: Lease) -> float:
-        """How long a job may be silent in a state, seconds."""
-        match state:
-            case State.SENT:
-                return lease.first_s
-            case State.TRANSFERRING:
-                return self._timeouts.transferring_s
-            case State.HOLDING | State.MERGING:
-                return self._timeouts.holding_s
-            case _:
-                return lease.heartbeat_s
+    def _silence_s(self, state: State, job: Job, lease: Lease) -> float:
+        """How long a job may be silent in the state that it has now, seconds."""
+        return silence_s(state, self._terms.of(job.slot, job.vo, job.queue), (lease.first_s, lease.heartbeat_s))
 
     async def _heartbeat(self, tx: Transaction, call: ShardHeartbeat) -> HeartbeatAnswer:
         await lock_slots(tx, [call.at])
@@ -160,7 +155,7 @@ class Lifecycle:
         if (state, event) in TRANSITIONS:
             state = next_state(state, event)
             await apply(tx, [Change(job=job, event=event, actor=call.principal.account)])
-        lease_s = self.lease_s(state, lease)
+        lease_s = self._silence_s(state, job, lease)
         await tx.execute("extend_lease", lease_s, job.id)
         command = "cancel" if job.cancel_requested else None
         return HeartbeatAnswer(state=state, lease_s=lease_s, heartbeat_s=lease.heartbeat_s, command=command)
@@ -218,7 +213,7 @@ class Lifecycle:
         if state not in LEASED and lease is not None:
             await tx.execute("insert_report", job.id, job.attempt, lease.token, state, _ENCODER.encode(request))
         elif lease is not None:
-            await tx.execute("extend_lease", self.lease_s(state, lease), job.id)
+            await tx.execute("extend_lease", self._silence_s(state, job, lease), job.id)
         return ReportAnswer(id=job.id, attempt=job.attempt, state=state), hints
 
     async def _cancel_ids(self, principal: Principal, ids: Sequence[int]) -> list[CancelledJob]:
@@ -272,7 +267,7 @@ class Lifecycle:
     def _given_back(self, job: Job, actor: str, detail: str) -> Change:
         """Free, but not for ever: a job that every pilot gives back would go round for good."""
         n_before = job.attempt - 1 - job.lost
-        if n_before >= self._timeouts.max_releases:
+        if n_before >= self._max_releases:
             return lost(job, actor, JobError(plane="culm", code=GIVEN_BACK, text=f"given back {n_before + 1} times"))
         return Change(job=job, event=Event.RELEASE, actor=actor, detail=detail)
 

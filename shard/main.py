@@ -27,6 +27,7 @@ from shard.ownership import Ownership
 from shard.reaper import Reaper
 from shard.refill import Refill
 from shard.shelf import Shelf
+from shard.terms import Terms
 from shard.verbs import UseCases, Verbs
 from shard.why import Why
 
@@ -59,14 +60,17 @@ class Shard:
         shelf = Shelf(settings.dispatch.shelf_mb << 20)
         self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch, shelf)
         notices = Notices(self._announce, self._withdraw)
-        self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
+        self.terms = terms = Terms(settings.timeouts, settings.submit, lambda: self.topology.current)
+        self.lifecycle = Lifecycle(self.database, self.ownership, notices, terms, settings.timeouts.max_releases)
         self.askers = Askers(self.database)
-        parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers)
+        parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers, terms)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
         self.intake = Intake(
-            self.database, self.classes, self.ownership, settings.dispatch, shelf=shelf, announce=self._announce
+            self.database, self.classes, self.ownership, settings.dispatch, terms, shelf=shelf, announce=self._announce
         )
-        self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
+        self.reaper = Reaper(
+            self.database, self.ownership, self.classes, terms, notices, grace_s=settings.timeouts.grace_s
+        )
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
         why = Why(self.database, self.classes, self.askers)

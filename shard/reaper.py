@@ -4,7 +4,8 @@ After a restart of the shard or its database it waits one grace period, for hear
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -13,12 +14,13 @@ from prometheus_client import Counter
 from culm.clock import Clock, SystemClock
 from culm.errors import Unavailable
 from culm.ids import id_range, slot_of
-from culm.settings import Timeouts
 from culm.states import UNREADY, Event, State
 from culm.wire import JobError, SlotRef
-from shard.database import Database, Transaction
-from shard.hints import Hint, Notices
+from shard.classes import ClassRegistry
+from shard.database import Database, Row, Transaction
+from shard.hints import ClassKey, Hint, Notices
 from shard.ownership import Ownership
+from shard.terms import Terms
 from shard.transitions import Change, Job, apply, lock_jobs, lock_slots, lost
 
 BATCH: Final = 200
@@ -27,6 +29,7 @@ MAX_EXAMINED: Final = 5000
 """Rows that one look for old jobs goes through."""
 ACTOR: Final = "reaper"
 CONTENDED: Final = "contended"
+_MICROSECONDS: Final = 1_000_000
 
 # Codes of panda-server's jobDispatcher (Watcher): 100 lost heartbeat, 101 recovery failed, 102 no reply to a sent job.
 NO_REPLY: Final = JobError(plane="jobDispatcher", code=102, text="no reply to sent job")
@@ -49,6 +52,19 @@ _STUCK: Final = Counter("culm_stuck_leases_total", "Looks at a lease that could 
 log = logging.getLogger("shard.reaper")
 
 
+@dataclass(frozen=True)
+class _Look:
+    """How jobs are looked for that have waited too long."""
+
+    stop: str
+    """The statement that says where a stretch of ids ends."""
+    statement: str
+    """Finds what is old by the shortest time-out of the slot: id and age in microseconds first."""
+    arguments: tuple[object, ...]
+    is_old: Callable[[int, Row], bool]
+    """Whether a row of a slot is old by the time-out of its own."""
+
+
 class Reaper:
     """The background turns that end leases and jobs."""
 
@@ -56,24 +72,29 @@ class Reaper:
         self,
         database: Database,
         ownership: Ownership,
-        timeouts: Timeouts,
+        classes: ClassRegistry,
+        terms: Terms,
         notices: Notices,
+        *,
+        grace_s: float,
         clock: Clock | None = None,
     ) -> None:
         self._database = database
         self._ownership = ownership
-        self._timeouts = timeouts
+        self._classes = classes
+        self._terms = terms
         self._notices = notices
+        self._grace_s = grace_s
         self._clock: Clock = clock or SystemClock()
         self._started = self._clock.monotonic()
-        self._looked_at: dict[int, int] = {}
-        """By slot, the last id up to which old jobs without inputs were looked for."""
+        self._looked_at: dict[tuple[str, int], int] = {}
+        """By statement and slot, the last id up to which old jobs were looked for."""
 
     @property
     def waits(self) -> bool:
         """Whether the grace period after a restart still runs."""
         since = max(self._started, self._database.connected_since)
-        return self._clock.monotonic() - since < self._timeouts.grace_s
+        return self._clock.monotonic() - since < self._grace_s
 
     async def end_leases(self) -> int:
         """End the leases that have expired; how many. Raises Unavailable. Safe to retry: yes."""
@@ -124,39 +145,49 @@ class Reaper:
         if self.waits:
             return 0
         opened = dict(self._ownership.open)
-        for slot, epoch in opened.items():
-            of_ready = (*id_range(slot), BATCH, self._timeouts.activated_s)
-            n_closed += await self._close(SlotRef(slot, epoch), "old_ready", of_ready)
         rows = await self._database.run("read", lambda tx: tx.fetch("counts"))
-        states = tuple(sorted(UNREADY))
-        for slot in {row[0] for row in rows if row[1] in UNREADY and row[3] > 0} & opened.keys():
-            n_closed += await self._close_unready(SlotRef(slot, opened[slot]), states)
+        states = {(row[0], row[1]) for row in rows if row[3] > 0}
+        for slot, epoch in opened.items():
+            at, (activated_s, unready_s) = SlotRef(slot, epoch), self._terms.shortest(slot)
+            if (slot, State.ACTIVATED) in states:
+                ready = _Look("stop_ready_by_id", "old_ready", (activated_s,), self._is_old_ready)
+                n_closed += await self._close(at, ready)
+            if any((slot, state) in states for state in UNREADY):
+                of_states = (tuple(sorted(UNREADY)), unready_s)
+                n_closed += await self._close(at, _Look("stop_by_id", "old_unready", of_states, self._is_old_unready))
         return n_closed
 
-    async def _close_unready(self, at: SlotRef, states: tuple[State, ...]) -> int:
-        """One stretch of a slot's ids; the next one at the next turn. No index has the state: it changes too often."""
+    def _is_old_ready(self, slot: int, row: Row) -> bool:
+        needs = self._classes.needs(ClassKey(slot, row[2]))
+        # Of a class that is not known here yet: the sweep learns it, the next turn knows.
+        return needs is not None and row[1] >= _MICROSECONDS * self._terms.of(slot, needs.vo, needs.queue).activated_s
+
+    def _is_old_unready(self, slot: int, row: Row) -> bool:
+        return bool(row[1] >= _MICROSECONDS * self._terms.of(slot, row[2], row[3]).unready_s)
+
+    async def _close(self, at: SlotRef, look: "_Look") -> int:
+        """Close what is old in one stretch of a slot's ids; how many. The next turn goes on behind it.
+
+        In stretches, for what is old depends on the job: those that may wait for long must not hide the others.
+        """
         first, last = id_range(at.slot)
-        first = max(first, self._looked_at.get(at.slot, 0) + 1)
-        stop = await self._database.run("read", lambda tx: tx.fetch("stop_by_id", first, last, MAX_EXAMINED - 1))
+        place = look.statement, at.slot
+        first = max(first, self._looked_at.get(place, 0) + 1)
+        stop = await self._database.run("read", lambda tx: tx.fetch(look.stop, first, last, MAX_EXAMINED - 1))
         until = stop[0][0] if stop else last
-        n_closed = await self._close(at, "old_unready", (first, until, states, self._timeouts.unready_s, BATCH))
-        if n_closed < BATCH:
-            # At the end it begins anew.
-            self._looked_at[at.slot] = until if stop else 0
-        return n_closed
-
-    async def _close(self, at: SlotRef, statement: str, arguments: tuple[object, ...]) -> int:
-        """Close what a statement finds old; how many."""
-        rows = await self._database.run("read", lambda tx: tx.fetch(statement, *arguments))
-        if not rows:
+        rows = await self._database.run("read", lambda tx: tx.fetch(look.statement, first, until, *look.arguments))
+        ids = [row[0] for row in rows if look.is_old(at.slot, row)][:BATCH]
+        # At the end it begins anew.
+        self._looked_at[place] = ids[-1] if len(ids) == BATCH else until if stop else 0
+        if not ids:
             return 0
-        ids = [row[0] for row in rows]
 
         async def work(tx: Transaction) -> list[Job]:
             await lock_slots(tx, [at])
             locked = await lock_jobs(tx, ids)
             # Again, now locked: one may have been taken and given back since, and is not old any more.
-            still = {row[0] for row in await tx.fetch(statement, *arguments)}
+            again = await tx.fetch(look.statement, ids[0], ids[-1], *look.arguments)
+            still = {row[0] for row in again if look.is_old(at.slot, row)}
             old = [job for job in locked.jobs.values() if job.id in still]
             await apply(tx, [Change(job=job, event=Event.CLOSE, actor=ACTOR, detail="expired") for job in old])
             return old

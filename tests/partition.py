@@ -18,7 +18,7 @@ from culm import topology_store
 from culm.errors import Unavailable
 from culm.link import LinkClient, LinkOptions
 from culm.matching import Offer
-from culm.settings import DatabaseSettings, DispatchSettings, ShardSettings, Timeouts
+from culm.settings import DatabaseSettings, DispatchSettings, ShardSettings, SubmitDefaults, Timeouts
 from culm.states import Event, State
 from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology, register_sites
 from culm.topology import Shard as ShardEntry
@@ -235,6 +235,7 @@ async def partition(
     *sites: str,
     timeouts: Timeouts | None = None,
     dispatch: DispatchSettings | None = None,
+    submit: SubmitDefaults | None = None,
     schema: str = "",
 ) -> AsyncIterator[Partition]:
     """A shard with a fresh schema (or an existing one) on these servers."""
@@ -257,6 +258,7 @@ async def partition(
             database=DatabaseSettings(socket=str(servers.database.socket), name=schema),
             timeouts=timeouts or Timeouts(grace_s=0.001),
             dispatch=dispatch or DispatchSettings(reap_interval_s=0.05, sweep_interval_s=0.2),
+            submit=submit or SubmitDefaults(),
             topology_poll_s=0.05,
             stop_s=2.0,
         )

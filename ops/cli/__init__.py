@@ -26,6 +26,7 @@ _COMMANDS: Final = {
     "job": Place("ops.cli.job", "job", "submit, list, show, why, history, watch, kill, retry"),
     "jobset": Place("ops.cli.jobset", "jobset", "show, kill, retry"),
     "site": Place("ops.cli.site", "site", "sites and computing queues"),
+    "vo": Place("ops.cli.vo", "vo", "set, list, show: time-outs and defaults of a VO's jobs"),
     "topology": Place("ops.cli.topology", "topology", "which slot lives on which shard, and who changed it"),
     "user": Place("ops.cli.user", "user", "ban, unban, list"),
     "token": Place("ops.cli.token", "token", "signed tokens"),

@@ -2,10 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from culm.errors import Unavailable
+import msgspec
+
+from culm.errors import ClientFault, Unavailable
+from culm.policies import Policy
 from culm.registry_wire import ChangedAnswer, TopologyAnswer
 from culm.topology import Topology
 from ops.cli.options import router
@@ -24,6 +28,21 @@ def topology_of(folder: Path, authority: str) -> Topology:
             return await client.get("topology", {}, TopologyAnswer)
 
     return Topology(asyncio.run(ask()).sections, authority)
+
+
+def fields(changes: Iterable[str], kind: type[Policy], code: str) -> dict[str, Any]:
+    """FIELD=VALUE as an operator types them, for a policy or a computing queue. Raises ClientFault with that code."""
+    given: dict[str, str] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ClientFault(code, f"{change!r} is not FIELD=VALUE")
+        given[name] = value
+    try:
+        described = msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ClientFault(code, str(error)) from None
+    return {name: getattr(described, name) for name in given}
 
 
 async def settle(folder: Path, changed: ChangedAnswer) -> None:

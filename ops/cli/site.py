@@ -1,24 +1,19 @@
 """`culm site import|list|show|set`, `culm topology show`."""
 
 import asyncio
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 import msgspec
 from rich.table import Table
 
-from culm.errors import ClientFault
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import SiteWhyAnswer
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
-from ops.cli.registry import settle, topology_of
-
-SETTLE_S: Final = 10.0
-"""How long the other authorities' routers may take to see a change."""
+from ops.cli.registry import fields, settle, topology_of
 
 
 @click.group()
@@ -121,12 +116,15 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
 def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
     """Change fields of a computing queue, with the admin's token of the authority that it belongs to.
 
+    What it says of time-outs and defaults comes before its jobs' VO (culm vo set) and the shard's settings; 0 says
+    nothing.
+
     \b
     Examples:
       culm site set BNL-q status=offline --reason "cooling"
-      culm site set BNL-q memory_mb=8000
+      culm site set BNL-q memory_mb=8000 heartbeat_s=1800 default_memory_mb=2000
     """
-    wanted = _fields(changes)
+    wanted = fields(changes, Queue, "bad_queue")
     known = topology_of(folder, authority)
     owner = known.authority_of_region(known.queue(queue)[1].region)
 
@@ -161,7 +159,7 @@ def add(folder: Path, *, authority: str, output: str, region: str, reason: str, 
       culm site add TOKYO --region ASIA
       culm site add TOKYO --region ASIA --queue TOKYO-short --queue TOKYO-long memory_mb=8000 cores=8
     """
-    described = _queue(many["fields"])
+    described = Queue(**fields(many["fields"], Queue, "bad_queue"))
     queues = dict.fromkeys(many["queues"] or (f"{name}-q",), described)
     site = SiteRegistration(name=name, region=region, queues=queues)
     answer = asyncio.run(_register(folder, authority, [site], reason))
@@ -218,24 +216,6 @@ def import_sites(
         click.echo(
             "{authority}: {sites} sites ({new_sites} new), {queues} computing queues, epoch {epoch}".format(**row)
         )
-
-
-def _fields(changes: Iterable[str]) -> dict[str, Any]:
-    """FIELD=VALUE as an operator types them. Raises ClientFault(bad_queue)."""
-    found: dict[str, Any] = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ClientFault("bad_queue", f"{change!r} is not FIELD=VALUE")
-        found[name] = int(value) if value.lstrip("-").isdecimal() else value
-    return found
-
-
-def _queue(fields: Iterable[str]) -> Queue:
-    try:
-        return msgspec.convert(_fields(fields), Queue)
-    except msgspec.ValidationError as error:
-        raise ClientFault("bad_queue", str(error)) from None
 
 
 def _shown(known: Topology, name: str) -> dict[str, Any]:

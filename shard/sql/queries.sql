@@ -209,14 +209,19 @@ WHERE lease.expires_at < UTC_TIMESTAMP(6) ORDER BY lease.expires_at LIMIT %s
 SELECT id, attempt FROM lease FORCE INDEX (PRIMARY) WHERE id IN %s AND expires_at < UTC_TIMESTAMP(6)
 FOR UPDATE SKIP LOCKED
 
--- The oldest ready jobs of a slot, by id, which is by age.
+-- Where a stretch of ready jobs ends. What is old in it: no index has the age, so the caller bounds the stretch.
+-- name: stop_ready_by_id
+SELECT id FROM ready FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
+
 -- name: old_ready
-SELECT id FROM (SELECT id, queued_at FROM ready WHERE id BETWEEN %s AND %s ORDER BY id LIMIT %s) AS oldest
-WHERE queued_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND)
+SELECT id, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)), class_id
+FROM ready FORCE INDEX (PRIMARY)
+WHERE id BETWEEN %s AND %s AND queued_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id
 
 -- name: old_unready
-SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
-    AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
+SELECT id, TIMESTAMPDIFF(MICROSECOND, modified_at, UTC_TIMESTAMP(6)), vo, queue
+FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
+    AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id
 
 -- name: jobs_of_jobset
 SELECT id FROM job WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMIT %s

@@ -5,6 +5,7 @@ from typing import Any, Final
 import msgspec
 
 from culm import frames, matching, registry_wire, wire
+from culm.policies import Policy
 from culm.states import Event, State
 from culm.topology import Placement, Queue, Region, Section, Shard, Site, SiteRegistration
 
@@ -62,9 +63,19 @@ QUEUE = Queue(
     releases=["24.2.1"],
     platforms=["x86_64-el9"],
     priority_offsets={"higgs": -10},
+    reason="cooling",
     first_lease_s=300.0,
     heartbeat_s=1800.0,
-    reason="cooling",
+    holding_s=3600.0,
+    transferring_s=7200.0,
+    activated_s=86_400.0,
+    unready_s=43_200.0,
+    default_cores=4,
+    default_memory_mb=2000,
+    default_disk_mb=1000,
+    default_walltime_s=3600,
+    default_max_attempts=5,
+    max_priority=900,
 )
 HEARTBEAT = wire.HeartbeatRequest(id=ID, attempt=2, lease_token=TOKEN, state=State.RUNNING, usage=USAGE)
 REPORT = wire.ReportRequest(
@@ -298,6 +309,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})], reason="from the catalogue"
     ),
     registry_wire.QueueRequest(queue="BNL-q", changes={"status": "offline"}, reason="cooling"),
+    registry_wire.VoRequest(vo="atlas", changes={"heartbeat_s": 600}, expected_epoch=42, reason="short jobs"),
     registry_wire.ChangedAnswer(authority="central", epoch=43),
     registry_wire.TopologyAnswer(
         sections=[
@@ -309,6 +321,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
                 sites={"BNL": Site(region="US", slots=[3], queues={"BNL-q": QUEUE})},
                 placement={3: Placement("us1", 42)},
                 default_region="US",
+                vos={"atlas": Policy(heartbeat_s=600.0, default_memory_mb=2000)},
             )
         ]
     ),

@@ -26,7 +26,7 @@ def _seat(shard: Partition, call: ShardGetJob) -> Seat:
 
 async def _claim(shard: Partition, seats: list[Seat], hints: list[list[Hint]] | None = None) -> Claimed:
     given = hints if hints is not None else [[] for _ in groups_of(seats)]
-    return await shard.shard.database.run("claim", lambda tx: claim(tx, seats, given, shard.settings.timeouts))
+    return await shard.shard.database.run("claim", lambda tx: claim(tx, seats, given, shard.shard.terms))
 
 
 async def _while_a_rival_holds(shard: Partition, ids: list[int], work: Callable[[], Awaitable[object]]) -> None:

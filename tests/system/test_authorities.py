@@ -8,7 +8,7 @@ import pytest
 from culm import topology_store
 from culm.client import Client
 from culm.errors import ClientFault
-from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
+from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest, VoRequest
 from culm.topology import Queue, SiteRegistration
 from culm.topology_store import AUDIT
 from culm.wire import Principal
@@ -99,9 +99,21 @@ async def test_cern_starts_alone_goes_on_alone_and_returns(own: Path) -> None:
                 await client.post("queue", QueueRequest(queue=queue, changes=offline), ChangedAnswer)
             # Not its own to change, or not in its own section at all.
             assert caught.value.http_status in {403, 404}, (home.authority, of, queue)
+    for home, of in ((central, "CERN"), (cern, "central")):
+        async with admin(home, of) as client:
+            with pytest.raises(ClientFault, match="forbidden"):
+                await client.post("vo", VoRequest(vo="atlas", changes={"heartbeat_s": 1}), ChangedAnswer)
     assert before == {
         home.authority: topology_store.load(home.topology, home.authority).epochs for home in (central, cern)
     }
+
+    # Each may say something else of the same VO, and both see both.
+    for of, seconds in (("central", 600), ("CERN", 900.5)):
+        said = culm("vo", "set", "atlas", f"heartbeat_s={seconds}", "--authority", of, folder=own)
+        assert said.returncode == 0, said.stderr
+    for of in ("central", "CERN"):
+        listed = decoded(culm("vo", "list", "--authority", of, "-o", "json", folder=own))
+        assert listed == {"CERN": {"atlas": {"heartbeat_s": 900.5}}, "central": {"atlas": {"heartbeat_s": 600.0}}}
     audited = culm("audit", folder=own)
     assert audited.returncode == 0, audited.stdout
     assert culm("down", folder=own).returncode == 0
