@@ -20,6 +20,7 @@ from culm.states import Event, State
 
 MAX_JOBS_PER_SUBMIT: Final = 2000
 MAX_IDS_PER_CALL: Final = 1000
+MAX_WARNINGS: Final = 20
 MAX_JOBS_PER_GET: Final = 100
 MAX_WAIT_S: Final = 60.0
 MAX_BODY_BYTES: Final = 2 << 20
@@ -145,6 +146,8 @@ class SubmitAnswer(Answer, frozen=True, kw_only=True):
     jobset: int
     ids: list[int | None]
     shards: dict[str, ShardOutcome]
+    warnings: list["SubmitWarning"] = []
+    """By index, at most MAX_WARNINGS."""
 
 
 class PilotInfo(Request, frozen=True, kw_only=True):
@@ -390,6 +393,17 @@ class Reason(Answer, frozen=True, kw_only=True):
     """Since when, or when last, seconds since the epoch; None: never, or not known."""
 
 
+class SubmitWarning(Answer, frozen=True, kw_only=True):
+    """Jobs of a submit that nobody can run as things are. They are accepted all the same, and wait."""
+
+    index: int
+    """The place in the call of the first of them."""
+    n_jobs: int
+    """So many of the call need the same in the same place."""
+    reasons: list[Reason]
+    """As `why` would say; the first ones where there are many computing queues."""
+
+
 class WhyAnswer(Answer, frozen=True, kw_only=True):
     """Why a job is not running, or what it does. The first reason is the nearest to it."""
 
@@ -488,9 +502,10 @@ class ShardSubmit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShardSubmitAnswer(Answer, frozen=True, kw_only=True):
-    """The first id per part; a part's ids are contiguous."""
+    """The first id per part; a part's ids are contiguous. Warnings count the jobs through all parts."""
 
     first_ids: list[int]
+    warnings: list[SubmitWarning] = []
 
 
 class LeaseTimes(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,7 @@ from culm.frames import error_body
 from culm.ids import slot_of
 from culm.topology import Topology, authority_of_slot
 from culm.wire import (
+    MAX_WARNINGS,
     JobSpec,
     Principal,
     ShardDepths,
@@ -21,6 +22,7 @@ from culm.wire import (
     ShardSubmitAnswer,
     SubmitAnswer,
     SubmitRequest,
+    SubmitWarning,
 )
 from router.forward import Forward
 from router.policy import check_jobs
@@ -84,6 +86,7 @@ def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnsw
     ids: list[int | None] = [None] * n_jobs
     shards: dict[str, ShardOutcome] = {}
     errors: list[CulmError] = []
+    warnings: list[SubmitWarning] = []
     for part, answer in done:
         if isinstance(answer, CulmError):
             errors.append(answer)
@@ -93,7 +96,10 @@ def _merge(n_jobs: int, jobset: int, done: list[tuple[ShardPart, ShardSubmitAnsw
         for places, first_id in zip(part.places, answer.first_ids, strict=True):
             for offset, place in enumerate(places):
                 ids[place] = first_id + offset
-    merged = SubmitAnswer(jobset=jobset, ids=ids, shards=shards)
+        in_call = [place for places in part.places for place in places]
+        warnings += [msgspec.structs.replace(one, index=in_call[one.index]) for one in answer.warnings]
+    warnings.sort(key=lambda one: one.index)
+    merged = SubmitAnswer(jobset=jobset, ids=ids, shards=shards, warnings=warnings[:MAX_WARNINGS])
     if not errors:
         return merged
     moved = next((error for error in errors if isinstance(error, Moved)), None)

@@ -6,7 +6,7 @@ also while the first is still under way, for then the insert waits on the unique
 
 import hashlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -19,7 +19,16 @@ from culm.matching import Requirements
 from culm.priorities import default_priority
 from culm.settings import DispatchSettings
 from culm.states import Event, State, next_state
-from culm.wire import MAX_PARENT_DEPTH, Happening, JobSpec, Principal, ShardSubmit, ShardSubmitAnswer, SlotJobs
+from culm.wire import (
+    MAX_PARENT_DEPTH,
+    Happening,
+    JobSpec,
+    Principal,
+    ShardSubmit,
+    ShardSubmitAnswer,
+    SlotJobs,
+    SubmitWarning,
+)
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction, for_rows
 from shard.driver import DuplicateKeyError
@@ -78,7 +87,10 @@ class _NewJob:
 
 
 class Intake:
-    """The submit use case. `announce` is called with the hints of the new ready jobs, before the answer."""
+    """The submit use case. `announce` is called with the hints of the new ready jobs, before the answer.
+
+    `warn` says which jobs nobody can run, by slot and needs, counted in their order.
+    """
 
     def __init__(
         self,
@@ -88,6 +100,7 @@ class Intake:
         settings: DispatchSettings,
         terms: Terms,
         *,
+        warn: Callable[[Iterable[tuple[int, Requirements]]], list[SubmitWarning]],
         shelf: Shelf,
         announce: Callable[[Sequence[Hint]], Awaitable[None]],
     ) -> None:
@@ -96,6 +109,7 @@ class Intake:
         self._ownership = ownership
         self._settings = settings
         self._terms = terms
+        self._warn = warn
         self._shelf = shelf
         self._announce = announce
         self._ids = IdBlocks(database)
@@ -113,13 +127,16 @@ class Intake:
         """
         await self._ownership.require([part.at for part in call.parts])
         found = await self._database.run("read", lambda tx: self._find(tx, call))
-        parts = [part for part in call.parts if part.at.slot not in found]
-        if parts:
-            # Once: the policy of one moment holds for the whole call, however often its transaction runs.
-            wanted = [(part, _wanted(call.principal, part, self._terms)) for part in parts]
-            self._require_room(call, wanted)
-            found |= await self._store(call, wanted)
-        return ShardSubmitAnswer(first_ids=[found[part.at.slot] for part in call.parts])
+        # Once: the policy of one moment holds for the whole call, however often its transaction runs.
+        wanted = [(part, _wanted(call.principal, part, self._terms)) for part in call.parts]
+        fresh = [one for one in wanted if one[0].at.slot not in found]
+        if fresh:
+            self._require_room(call, fresh)
+            found |= await self._store(call, fresh)
+        return ShardSubmitAnswer(
+            first_ids=[found[part.at.slot] for part in call.parts],
+            warnings=self._warn((part.at.slot, job.needs) for part, jobs in wanted for job in jobs),
+        )
 
     def _require_room(self, call: ShardSubmit, wanted: Sequence[tuple[SlotJobs, list[_Wanted]]]) -> None:
         """Before anything is stored; two submits at once may pass both, which the bounds can bear."""

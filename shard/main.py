@@ -23,6 +23,7 @@ from shard.hints import Hint, Notices
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
 from shard.migrate import migrate
+from shard.obstacles import Obstacles
 from shard.ownership import Ownership
 from shard.reaper import Reaper
 from shard.refill import Refill
@@ -65,15 +66,23 @@ class Shard:
         self.askers = Askers(self.database)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers, terms)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
+        obstacles = Obstacles(self.askers)
         self.intake = Intake(
-            self.database, self.classes, self.ownership, settings.dispatch, terms, shelf=shelf, announce=self._announce
+            self.database,
+            self.classes,
+            self.ownership,
+            settings.dispatch,
+            terms,
+            warn=lambda jobs: obstacles.warnings(self.topology.current, jobs),
+            shelf=shelf,
+            announce=self._announce,
         )
         self.reaper = Reaper(
             self.database, self.ownership, self.classes, terms, notices, grace_s=settings.timeouts.grace_s
         )
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
-        why = Why(self.database, self.classes, self.askers)
+        why = Why(self.database, self.classes, self.askers, obstacles)
         cases = UseCases(
             settings.name,
             self.database,

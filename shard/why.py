@@ -5,14 +5,14 @@ fits, the job waits its turn, and that is the whole answer; else each computing 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-from culm import access, labels
+from culm import access
 from culm.errors import ClientFault
-from culm.matching import Offer, Refusal, Requirements, refusals
+from culm.matching import Offer, Requirements, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
 from culm.wire import QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
@@ -21,6 +21,7 @@ from shard.askers import WINDOW_S, Askers
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 from shard.hints import ClassKey
+from shard.obstacles import NO_QUEUE, Obstacles
 
 MAX_AHEAD: Final = 10_000
 MAX_REASONS: Final = 50
@@ -29,18 +30,6 @@ MAX_CLASSES: Final = 200
 CLASSES_PER_STATEMENT: Final = 100
 _MICROSECONDS: Final = 1_000_000
 _AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
-_SENTENCES: Final[Mapping[str, str]] = {
-    "wrong_label": "its label is {needed}, the pilots of {queue} take {offered}",
-    "wrong_vo": "it is of VO {needed!r}, the pilots of {queue} take jobs of {offered}",
-    "wrong_queue": "it is pinned to {needed}, this is {queue}",
-    "wrong_pilot_type": "it wants a pilot of type {needed}, those of {queue} are of type {offered!r}",
-    "too_few_cores": "it needs {needed} cores, {queue} offers {offered}",
-    "too_little_memory_mb": "it needs {needed} MiB of memory, {queue} offers {offered}",
-    "too_little_disk_mb": "it needs {needed} MiB of disk, {queue} offers {offered}",
-    "too_little_walltime_s": "it needs {needed} s of walltime, {queue} offers {offered}",
-    "no_matching_release": "it needs release {needed}, {queue} has {offered}",
-    "no_matching_platform": "it needs platform {needed}, {queue} has {offered}",
-}
 
 
 @dataclass(frozen=True)
@@ -65,10 +54,11 @@ class _Place:
 class Why:
     """The two use cases."""
 
-    def __init__(self, database: Database, classes: ClassRegistry, askers: Askers) -> None:
+    def __init__(self, database: Database, classes: ClassRegistry, askers: Askers, obstacles: Obstacles) -> None:
         self._database = database
         self._classes = classes
         self._askers = askers
+        self._obstacles = obstacles
 
     async def job(self, topology: Topology, call: ShardJob) -> WhyAnswer:
         """Why a job is not running. Raises ClientFault(unknown_job), Unavailable. Safe to retry: yes."""
@@ -110,54 +100,15 @@ class Why:
     async def _of_ready(self, topology: Topology, place: _Place) -> list[Reason]:
         # Its class may not be known here yet: of a job that has just come with its slot.
         needs = self._classes.needs(place.key)
-        queues = _queues_of(topology, place.key.slot)
-        if needs is None or not queues:
-            return [Reason(code="no_queue_there", text="no computing queue is registered where it may run")]
-        found: list[Reason] = []
-        for name, queue in queues.items():
-            if needs.queue and needs.queue != name:
-                continue
-            reasons, fitting = self._of_pair(needs, name, queue)
-            if fitting is not None:
-                return [await self._turn(topology, place, name, fitting)]
-            found += reasons
-        if not found:
-            told = f"it is pinned to {needs.queue}, which is not registered where it may run"
-            return [Reason(code="no_queue_there", text=told)]
-        return found
+        queues = self._obstacles.queues(topology, place.key.slot)
+        if needs is None:
+            return [NO_QUEUE]
+        reasons, fitting = self._obstacles.between(needs, queues)
+        return reasons if fitting is None else [await self._turn(topology, place, fitting)]
 
-    def _of_pair(self, needs: Requirements, name: str, queue: Queue) -> tuple[list[Reason], Offer | None]:
-        """Why the pilots of a computing queue do not take a job; or the offer that would, and no reason."""
-        if queue.status == "offline":
-            because = f": {queue.reason}" if queue.reason else ""
-            return [Reason(code="queue_offline", text=f"{name} is offline{because}", queue=name)], None
-        in_test = queue.status == "test"
-        if in_test and needs.label not in labels.allowed_job_labels(
-            "unified", queue_status="test", queue_type=queue.type
-        ):
-            because = f" ({queue.reason})" if queue.reason else ""
-            told = f"{name} is in test{because}: its pilots take test jobs only, this one's label is {needs.label}"
-            return [Reason(code="queue_in_test", text=told, queue=name)], None
-        refused = refusals(needs, _widest(name, queue, needs))
-        if refused:
-            return [_refusal(name, one) for one in refused], None
-        offers = self._askers.offers(name)
-        if not offers:
-            last = self._askers.last_at(name)
-            told = f"no pilot of {name} has asked in the last {WINDOW_S / 60:.0f} minutes"
-            return [
-                Reason(code="no_pilot_asked", text=told + ("" if last else ", or ever"), queue=name, since=last or None)
-            ], None
-        nearest: list[Refusal] | None = None
-        for offer in offers:
-            refused = refusals(needs, offer)
-            if not refused:
-                return [], offer
-            nearest = refused if nearest is None or len(refused) < len(nearest) else nearest
-        return [_refusal(name, one) for one in nearest or []], None
-
-    async def _turn(self, topology: Topology, place: _Place, name: str, offer: Offer) -> Reason:
+    async def _turn(self, topology: Topology, place: _Place, offer: Offer) -> Reason:
         """Where it stands among all that the same pilots take here: of their site, and of its region."""
+        name = offer.queue
         _, site, _ = topology.queue(name)
         slots = [*site.slots, topology.region(site.region).slot]
         keys, n_ahead = self._classes.fitting(slots, offer), 0
@@ -243,41 +194,6 @@ def _place(identifier: int, row: Row) -> _Place:
         error=error,
         cancel_requested=bool(row[16]),
     )
-
-
-def _queues_of(topology: Topology, slot: int) -> dict[str, Queue]:
-    """The computing queues whose pilots may take from a slot: of its site, or of all sites of its region."""
-    name = topology.site_of_slot.get(slot)
-    if name is not None:
-        return dict(topology.sites[name].queues) if name in topology.sites else {}
-    region = topology.region_of_slot.get(slot)
-    return {
-        queue: described
-        for site in topology.sites.values()
-        if site.region == region
-        for queue, described in site.queues.items()
-    }
-
-
-def _widest(name: str, queue: Queue, needs: Requirements) -> Offer:
-    """What the best pilot of a computing queue could offer: what this refuses no pilot of it will ever take."""
-    return Offer(
-        queue=name,
-        labels=frozenset({needs.label}),
-        cores=queue.cores or needs.cores,
-        memory_mb=queue.memory_mb,
-        disk_mb=queue.disk_mb,
-        walltime_s=queue.walltime_s,
-        releases=frozenset(queue.releases),
-        platforms=frozenset(queue.platforms),
-        pilot_type=needs.pilot_type,
-    )
-
-
-def _refusal(queue: str, one: Refusal) -> Reason:
-    values: dict[str, Any] = {"needed": one.needed, "offered": one.offered or "none", "queue": queue}
-    text = _SENTENCES[one.reason].format(**values)
-    return Reason(code=one.reason, text=text, queue=queue, needed=one.needed, offered=one.offered)  # type: ignore[arg-type]
 
 
 def _utc(at: float) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from culm.client import Client
 from culm.errors import ClientFault, Unavailable
 from culm.states import FINAL, State
-from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest
+from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest, SubmitWarning
 from ops.cli import exits
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
 
@@ -70,6 +70,16 @@ def submit(
         click.echo(msgspec.json.encode(answer))
     else:
         click.echo("\n".join(map(str, answer.ids)))
+        for warning in answer.warnings:
+            _warn(warning, answer.ids)
+
+
+def _warn(warning: SubmitWarning, ids: list[int | None]) -> None:
+    """Say beside the ids which job waits for what; `culm job why` says it again when it is asked."""
+    others = f" and {warning.n_jobs - 1} more like it" if warning.n_jobs > 1 else ""
+    for reason in warning.reasons:
+        told = f"warning: nobody can run job {ids[warning.index]}{others} as things are: {reason.code}: {reason.text}"
+        click.echo(told, err=True)
 
 
 @job.command("list")

@@ -77,6 +77,11 @@ QUEUE = Queue(
     default_max_attempts=5,
     max_priority=900,
 )
+WARNING = wire.SubmitWarning(
+    index=1,
+    n_jobs=3,
+    reasons=[wire.Reason(code="no_pilot_asked", text="no pilot of BNL-q has asked", queue="BNL-q")],
+)
 HEARTBEAT = wire.HeartbeatRequest(id=ID, attempt=2, lease_token=TOKEN, state=State.RUNNING, usage=USAGE)
 REPORT = wire.ReportRequest(
     id=ID,
@@ -192,7 +197,10 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
     wire.SubmitRequest(idempotency_key="k-1", jobs=[SPEC, wire.JobSpec(shell="true")], jobset=JOBSET),
     wire.ShardOutcome(ok=False, n_jobs=3, error=ERROR_BODY),
     wire.SubmitAnswer(
-        jobset=JOBSET, ids=[ID, None], shards={"us1": wire.ShardOutcome(ok=False, n_jobs=1, error=ERROR_BODY)}
+        jobset=JOBSET,
+        ids=[ID, None],
+        shards={"us1": wire.ShardOutcome(ok=False, n_jobs=1, error=ERROR_BODY)},
+        warnings=[WARNING],
     ),
     wire.GetJobRequest(
         request_id="r-12345678",
@@ -224,7 +232,8 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         parts=[wire.SlotJobs(at=AT, specs=[SPEC], offsets=[50])],
         parent_depths={ID: 1},
     ),
-    wire.ShardSubmitAnswer(first_ids=[ID]),
+    WARNING,
+    wire.ShardSubmitAnswer(first_ids=[ID], warnings=[WARNING]),
     wire.LeaseTimes(first_s=60.0, heartbeat_s=600.0),
     wire.ShardGetJob(
         slots=[AT, wire.SlotRef(4, 41)],

@@ -1,4 +1,4 @@
-"""`culm vo`: what an operator does about a VO's time-outs and defaults, on a running cluster."""
+"""`culm vo` and what a submit is told: time-outs, defaults and warnings, on a running cluster."""
 
 import pytest
 
@@ -35,3 +35,11 @@ def test_a_policy_is_set_shown_obeyed_and_taken_back(running: Cluster) -> None:
     finally:
         assert running.culm("vo", "set", "demo", "default_memory_mb=0", "heartbeat_s=0").returncode == 0
     assert decoded(running.culm("vo", "list", "-o", "json"))["central"] == {}
+
+
+def test_a_submit_that_nobody_can_run_prints_its_ids_and_beside_them_why(running: Cluster) -> None:
+    done = running.culm("job", "submit", "--site", "BNL", "--cores", "4096", "--count", "3", "--", "true")
+    ids = done.stdout.split()
+    running.culm("job", "kill", *ids)
+    assert (done.returncode, len(ids)) == (0, 3)
+    assert f"warning: nobody can run job {ids[0]} and 2 more like it as things are: too_few_cores" in done.stderr
