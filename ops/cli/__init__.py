@@ -32,6 +32,7 @@ _COMMANDS: Final = {
     "counts": Place("ops.cli.counts", "counts", "the merged counts of all shards"),
     "errors": Place("ops.cli.errors", "errors", "what jobs failed of, by code and site"),
     "replay": Place("ops.cli.replay", "replay", "a slice of a real grid's log through the cluster"),
+    "bench": Place("ops.cli.bench", "bench", "what a getJob costs, against an echo and a naive build"),
     "audit": Place("ops.cli.audit", "audit", "check the stored data: nothing lost, nothing twice"),
     "db": Place("ops.cli.db", "db", "the archives: partitions, archive, drop"),
     "doctor": Place("ops.cli.doctor", "doctor", "what this machine and this cluster lack"),
