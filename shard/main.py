@@ -27,6 +27,7 @@ from shard.ownership import Ownership
 from shard.reaper import Reaper
 from shard.refill import Refill
 from shard.shelf import Shelf
+from shard.signs import Signs
 from shard.verbs import UseCases, Verbs
 from shard.why import Why
 
@@ -60,6 +61,7 @@ class Shard:
         self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch, shelf)
         notices = Notices(self._announce, self._withdraw)
         self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
+        self.signs = Signs(self.database, self.ownership, self.lifecycle, notices)
         self.askers = Askers(self.database)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
@@ -77,6 +79,7 @@ class Shard:
             self.intake,
             self.dispatcher,
             self.lifecycle,
+            self.signs,
             why,
             self.happenings,
             self.archive,
@@ -93,12 +96,14 @@ class Shard:
             if await self._begin(stop):
                 self._start_loops()
                 self.dispatcher.start()
+                self.signs.start()
                 await self.link.start(settings.link, settings.link_tls)
                 self._started = True
                 log.info("shard %s serves %d slots", settings.name, len(self.ownership.open))
                 await stop.wait()
                 log.info("stopping")
                 await self.dispatcher.stop()
+                await self.signs.stop()
                 await self.link.stop(settings.stop_s)
             await self._loops.stop()
             await self.queue.close()

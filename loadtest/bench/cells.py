@@ -40,10 +40,6 @@ class Beds(Protocol):
         """The naive build's shard, asked directly."""
         ...
 
-    async def four(self) -> Bed:
-        """One router over four shards."""
-        ...
-
     async def echo(self) -> Bed:
         """The echo, one process."""
         ...

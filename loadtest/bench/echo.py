@@ -1,7 +1,7 @@
 """The yardstick: one aiohttp and uvloop process that decodes a get_job, and encodes an answer of the same bytes.
 
-`python -m loadtest.bench.echo PORT FILE`: the FILE holds a GetJobAnswer as MessagePack, which is what it answers to every
-`POST /v1/get_job`, under a new job id each time. It checks no token, knows no queue and stores nothing: what any
+`python -m loadtest.bench.echo PORT FILE`: the FILE holds a GetJobAnswer as MessagePack, and that is what it answers to
+every `POST /v1/get_job`, under a new job id each time. It checks no token, knows no queue and stores nothing: what any
 aiohttp service pays before it does anything at all.
 """
 

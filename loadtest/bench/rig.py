@@ -32,6 +32,7 @@ PAYLOAD_BYTES: Final = 1300
 JOBS_PER_CALL: Final = 1000
 PURGE_S: Final = 5.0
 """So long the database may take to clear up after a run."""
+LOOK_S: Final = 0.05
 HISTORY_AT_REST: Final = 50
 SATURATED: Final = 0.85
 """Of one core: a client above it measures itself."""
@@ -209,9 +210,10 @@ async def history(bed: Bed) -> int:
 
 
 async def _at_rest(bed: Bed) -> None:
-    deadline = asyncio.get_running_loop().time() + PURGE_S
-    while asyncio.get_running_loop().time() < deadline and await history(bed) > HISTORY_AT_REST:
-        await asyncio.sleep(0.05)
+    for _ in range(int(PURGE_S / LOOK_S)):
+        if await history(bed) <= HISTORY_AT_REST:
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 async def _commits(bed: Bed) -> int:
