@@ -25,6 +25,9 @@ from shard.dispatch_queue import DispatchQueue
 SHARD: Final = "us1"
 """The shard that is measured; BNL is its site, BNL-q that site's computing queue."""
 PORTS_PER_BED: Final = 4
+FIRST_FRESH: Final = 3
+MAX_FRESH: Final = 6
+"""At once; a cell needs two."""
 TOKEN_S: Final = 86_400.0
 
 
@@ -166,15 +169,24 @@ class Beds:
     port: int
     stack: contextlib.AsyncExitStack
     _beds: dict[str, Bed] = field(default_factory=dict)
+    _of_cell: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    _n_fresh: int = 0
     _echo: Echo | None = None
 
     async def ours(self) -> Bed:
         """Router, one shard."""
         return await self._bed("ours", 0)
 
-    async def other(self) -> Bed:
-        """The same once more, with data of its own."""
-        return await self._bed("other", 1)
+    async def fresh(self, name: str) -> Bed:
+        """The same once more, without a history; it ends with its cell."""
+        self._n_fresh += 1
+        number = FIRST_FRESH + self._n_fresh % MAX_FRESH
+        bed = Bed(self.folder / f"{name}-{self._n_fresh}", self.port + number * PORTS_PER_BED)
+        return await self._of_cell.enter_async_context(bed)
+
+    async def leave(self) -> None:
+        """End what belongs to a cell."""
+        await self._of_cell.aclose()
 
     async def naive(self) -> Bed:
         """The naive build, by its router."""

@@ -28,8 +28,8 @@ class Beds(Protocol):
         """Router, one shard."""
         ...
 
-    async def other(self) -> Bed:
-        """The same once more, with data of its own."""
+    async def fresh(self, name: str) -> Bed:
+        """The same once more, without a history; it ends with its cell."""
         ...
 
     async def naive(self) -> Bed:
@@ -141,8 +141,8 @@ async def _naive_8(beds: Beds, sizes: Sizes) -> Cell:
 
 
 async def _backlog(beds: Beds, sizes: Sizes) -> Cell:
-    """Two beds: one with little, one with much waiting, first in one queue."""
-    little, much = await beds.ours(), await beds.other()
+    """Two beds without a history: little waits in one queue of the one, much of the other."""
+    little, much = await beds.fresh("little"), await beds.fresh("much")
     await rig.submit(little, [rig.spec()] * 1000)
     await _fill(much, [rig.spec(argv=["true"])], sizes.backlog)
     return Cell(
@@ -165,7 +165,7 @@ async def _fill(bed: Bed, specs: Sequence[Any], n_jobs: int) -> None:
 
 async def _classes(beds: Beds, sizes: Sizes) -> Cell:
     """500 classes of 1,000 owners wait; the pilots fit one class, whose jobs are made anew in every round."""
-    one, many = await beds.ours(), await beds.other()
+    one, many = await beds.fresh("one"), await beds.fresh("many")
     per_owner = -(-N_CLASSES // N_OWNERS)
     for number in range(N_OWNERS):
         need = 20_000 + number % N_CLASSES
@@ -193,13 +193,14 @@ async def _classes(beds: Beds, sizes: Sizes) -> Cell:
 
 
 async def _empty(beds: Beds, sizes: Sizes) -> Cell:
-    ours, other = await beds.ours(), await beds.other()
+    ours = await beds.ours()
 
     async def empty() -> Sample:
+        # The runs before have taken all there was.
         bodies = [rig.get_job(number) for number in range(sizes.jobs)]
-        sample = await rig.measure(other, bodies, 64)
+        sample = await rig.measure(ours, bodies, 64)
         if rig.granted(sample.answers):
-            raise rig.failed("a job was given where there was none")
+            raise rig.failed("a job was given where there should be none")
         return sample
 
     return Cell(

@@ -94,8 +94,11 @@ async def _run(folder: Path, ids: list[str], how: Mapping[str, bool | int]) -> d
 
             for name in cells.names_for(ids):
                 progress(f"{name}: starting what it needs")
-                cell = await cells.of(name, beds, sizes)
-                found = await rounds.run(cell, n_rounds, progress)
+                try:
+                    cell = await cells.of(name, beds, sizes)
+                    found = await rounds.run(cell, n_rounds, progress)
+                finally:
+                    await beds.leave()
                 told |= {identifier: one for identifier, one in found.items() if identifier in ids}
     return told
 
