@@ -145,6 +145,8 @@ async def _backlog(beds: Beds, sizes: Sizes) -> Cell:
     little, much = await beds.fresh("little"), await beds.fresh("much")
     await rig.submit(little, [rig.spec()] * 1000)
     await _fill(much, [rig.spec(argv=["true"])], sizes.backlog)
+    if await rig.waiting(much) != sizes.backlog:
+        raise rig.failed(f"not as many jobs wait as there should: {await rig.waiting(much)}")
     return Cell(
         "backlog",
         GIVES["backlog"],

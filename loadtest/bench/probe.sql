@@ -6,6 +6,9 @@ SELECT COUNT(*) FROM job JOIN lease ON lease.id = job.id WHERE job.id IN %s AND 
 -- name: states
 SELECT state, COUNT(*) FROM job WHERE id IN %s GROUP BY state
 
+-- name: waiting
+SELECT COUNT(*) FROM ready
+
 -- name: commits
 SHOW GLOBAL STATUS LIKE 'Com_commit'
 

@@ -195,6 +195,11 @@ async def state_counts(bed: Bed, ids: Sequence[int]) -> dict[str, int]:
     return counts
 
 
+async def waiting(bed: Bed) -> int:
+    """How many jobs are ready, over all partitions."""
+    return sum([int(row[0]) for database in bed.databases for row in await _probe(database, "waiting")])
+
+
 async def table_sizes(bed: Bed) -> dict[str, int]:
     """The bytes of each table, over all partitions, as the database estimates them."""
     sizes: dict[str, int] = {}
