@@ -14,12 +14,14 @@ from culm.errors import ClientFault, CulmError
 from culm.link import Begun
 from culm.topology import Topology
 from culm.wire import (
+    ExportAnswer,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
     ShardCounts,
     ShardDepths,
     ShardErrors,
+    ShardExport,
     ShardGetJob,
     ShardHappenings,
     ShardHeartbeat,
@@ -82,6 +84,7 @@ class Verbs:
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
             "archive": _entry(ShardArchive, self._archive),
+            "export": _entry(ShardExport, self._export),
             "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, lambda call: reads.read_counts(database, cases.name, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
@@ -144,6 +147,11 @@ class Verbs:
         return ShardArchiveAnswer(
             shard=self._cases.name, n_moved=n_moved, n_dropped=n_dropped, partitions=await archive.partitions()
         )
+
+    async def _export(self, call: ShardExport) -> ExportAnswer:
+        access.require_role(call.principal, "admin")
+        jobs, following = await self._cases.archive.page(call.name, call.after)
+        return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
 
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)

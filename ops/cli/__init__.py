@@ -34,7 +34,7 @@ _COMMANDS: Final = {
     "replay": Place("ops.cli.replay", "replay", "a slice of a real grid's log through the cluster"),
     "bench": Place("ops.cli.bench", "bench", "what a getJob costs, against an echo and a naive build"),
     "audit": Place("ops.cli.audit", "audit", "check the stored data: nothing lost, nothing twice"),
-    "db": Place("ops.cli.db", "db", "the archives: partitions, archive, drop"),
+    "db": Place("ops.cli.db", "db", "the archives: partitions, archive, export, drop"),
     "doctor": Place("ops.cli.doctor", "doctor", "what this machine and this cluster lack"),
     "pilot": Place("ops.cli.pilot", "pilot", "run a pilot, build its zipapp"),
     "completion": Place("ops.cli.about", "completion", "a shell's completion of commands and options"),

@@ -293,6 +293,11 @@ ORDER BY id LIMIT %s
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
 
+-- The next jobs of a partition, by what bounds it, with the bytes of each.
+-- name: next_archived
+SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
+WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
+
 -- name: stop_archived_by_id
 SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
