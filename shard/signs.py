@@ -70,6 +70,8 @@ class Signs:
         self._arrived = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._singles: set[asyncio.Task[None]] = set()
+        self._under_way: set[int] = set()
+        """Jobs about which a word is being said: the next one about them waits, for words keep their order."""
         self._stopping = False
 
     def start(self) -> None:
@@ -118,15 +120,18 @@ class Signs:
                 await self._serve(batch)
 
     def _next_batch(self) -> list[_Sign]:
-        """At most one word about each job: what is said twice at once is said in two transactions."""
+        """At most one word about each job, and none while another one about it is under way."""
         batch: dict[int, _Sign] = {}
         later: list[_Sign] = []
         while self._pending and len(batch) + len(later) < MAX_BATCH:
             sign = self._pending.popleft()
-            if batch.setdefault(sign.call.request.id, sign) is not sign:
+            identifier = sign.call.request.id
+            if identifier in self._under_way or batch.setdefault(identifier, sign) is not sign:
                 later.append(sign)
         self._pending.extendleft(reversed(later))
-        if not self._pending and not self._stopping:
+        self._under_way.update(batch)
+        # Who waits for another one's end is looked at again when that comes.
+        if not batch or not self._pending:
             self._arrived.clear()
         _PENDING.set(len(self._pending))
         return list(batch.values())
@@ -145,6 +150,8 @@ class Signs:
             log.exception("a batch of signs failed")
         for sign in batch:
             answer = answers.get(sign)
+            if answer is not None:
+                self._said(sign)
             if answer is None:
                 task = asyncio.get_running_loop().create_task(self._alone(sign))
                 self._singles.add(task)
@@ -168,6 +175,13 @@ class Signs:
         else:
             if not sign.answer.done():
                 sign.answer.set_result(answer)
+        finally:
+            self._said(sign)
+
+    def _said(self, sign: _Sign) -> None:
+        self._under_way.discard(sign.call.request.id)
+        if self._pending or self._stopping:
+            self._arrived.set()
 
     async def _apply(self, tx: Transaction, batch: Sequence[_Sign]) -> tuple[dict[_Sign, Answer], list[Hint]]:
         ids = tuple(sorted(sign.call.request.id for sign in batch))

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import platform
 import shutil
 import sys
@@ -20,22 +22,23 @@ from loadtest.bench.figures import FIGURES
 from loadtest.bench.rounds import Told
 from ops.bench_bed import Beds
 from ops.cli import exits
-from ops.cli.options import console
+from ops.cli.options import OUTPUT, console
 
 DEFAULT_PORT = 27080
 QUICK_ROUNDS = 2
 
 
 @click.command()
+@OUTPUT
 @click.option("--only", help="Figures by id, with commas between them.  [default: all but the very long ones]")
 @click.option("--quick", is_flag=True, help=f"{QUICK_ROUNDS} rounds of few jobs: a look, not a figure to be told.")
 @click.option("--rounds", "n_rounds", type=click.IntRange(1, 50), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line.")
+@click.option("--json", "as_json", is_flag=True, help="After the table, the same as one JSON object on the last line.")
 @click.option("--list", "list_only", is_flag=True, help="Show the figures and their targets, measure nothing.")
 @click.option("--port", type=click.IntRange(1024, 65000), default=DEFAULT_PORT, show_default=True, help="And up.")
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), help="Where to keep data and logs.")
 @click.option("--verbose", "-v", is_flag=True, help="Show every sample.")
-def bench(only: str | None, folder: Path | None, **how: bool | int) -> None:
+def bench(only: str | None, folder: Path | None, output: str, **how: bool | int) -> None:
     """Measure the getJob path on servers of its own, and compare.
 
     Every figure is a ratio inside one run: the median of interleaved rounds, with the smallest and the largest. The
@@ -47,7 +50,10 @@ def bench(only: str | None, folder: Path | None, **how: bool | int) -> None:
       culm bench --json
     """
     if how["list_only"]:
-        _print({})
+        if output == "json":
+            click.echo(json.dumps({one.id: dataclasses.asdict(one) for one in FIGURES.values()}))
+        else:
+            _print({})
         return
     ids = _wanted(only)
     temporary = folder is None
@@ -58,10 +64,11 @@ def bench(only: str | None, folder: Path | None, **how: bool | int) -> None:
     finally:
         if temporary:
             shutil.rmtree(root, ignore_errors=True)
-    _print(told)
-    if how["quick"]:
-        click.echo(f"quick: {QUICK_ROUNDS} rounds of few jobs, a look and no more")
-    if how["as_json"]:
+    if output == "table":
+        _print(told)
+        if how["quick"]:
+            click.echo(f"quick: {QUICK_ROUNDS} rounds of few jobs, a look and no more")
+    if how["as_json"] or output == "json":
         click.echo(msgspec.json.encode(told))
     if not all(one.met for one in told.values()):
         sys.exit(exits.FAILED)

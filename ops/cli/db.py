@@ -89,11 +89,12 @@ IDLE_LOOKS: Final = 3
 @db.command()
 @DIR
 @AUTHORITY
+@OUTPUT
 @click.option("--to", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.jsonl.gz")
 @click.option("--shard", default="", help="Of this shard only.  [default: of all of the authority]")
 @click.option("--force", is_flag=True, help="Replace the file.")
 @click.argument("name")
-def export(folder: Path, authority: str, path: Path, *, shard: str, force: bool, name: str) -> None:
+def export(folder: Path, authority: str, output: str, path: Path, *, shard: str, force: bool, name: str) -> None:
     """Write the partition NAME of the archive into a file: one JSON object a line, a job with its whole history.
 
     The file is there when it is whole: as many jobs as the shards have counted in that month.
@@ -105,7 +106,10 @@ def export(folder: Path, authority: str, path: Path, *, shard: str, force: bool,
     if path.exists() and not force:
         raise ClientFault("file_exists", f"{path} is there: choose another name, or --force")
     n_jobs = asyncio.run(_export(folder, authority, name, shard, path))
-    click.echo(f"{path}: {n_jobs} jobs of {name}")
+    if output == "json":
+        click.echo(msgspec.json.encode({"file": str(path), "partition": name, "n_jobs": n_jobs}))
+    else:
+        click.echo(f"{path}: {n_jobs} jobs of {name}")
 
 
 async def _export(folder: Path, authority: str, name: str, shard: str, path: Path) -> int:

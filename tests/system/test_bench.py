@@ -1,6 +1,7 @@
 """`culm bench` end to end, on its own servers: it measures, it checks the answers, it says what it found."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,7 +15,10 @@ CULM = Path(__file__).parents[2] / "bin" / "culm"
 
 
 def _bench(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([str(CULM), "bench", *words], capture_output=True, text=True, timeout=240, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run(
+        [str(CULM), "bench", *words], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
 
 
 def test_a_quick_look_ends_with_one_object_of_figures(tmp_path: Path) -> None:
