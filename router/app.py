@@ -17,6 +17,7 @@ from culm.wire import (
     MAX_BODY_BYTES,
     ArchiveRequest,
     CancelRequest,
+    ExportRequest,
     GetJobAnswer,
     GetJobRequest,
     HeartbeatRequest,
@@ -26,7 +27,7 @@ from culm.wire import (
     SubmitRequest,
 )
 from router import dialects, door, peers, pilots, registry, users, why
-from router.archive import archive
+from router.archive import archive, export
 from router.forward import Forward
 from router.lane import Connection, Lane
 from router.submit import submit
@@ -59,6 +60,7 @@ class Front:
                 self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
                 self._post("archive", ArchiveRequest, lambda who, body: archive(forward, home.authority, who, body)),
+                self._post("export", ExportRequest, lambda who, body: export(forward, home.authority, who, body)),
                 self._post("sites", SitesRequest, lambda who, body: registry.register(home, who, body)),
                 self._post("queue", QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
                 self._post("vo", VoRequest, lambda who, body: registry.set_vo_fields(home, who, body)),

@@ -28,6 +28,7 @@ from shard.ownership import Ownership
 from shard.reaper import Reaper
 from shard.refill import Refill
 from shard.shelf import Shelf
+from shard.signs import Signs
 from shard.terms import Terms
 from shard.verbs import UseCases, Verbs
 from shard.why import Why
@@ -63,6 +64,7 @@ class Shard:
         notices = Notices(self._announce, self._withdraw)
         self.terms = terms = Terms(settings.timeouts, settings.submit, lambda: self.topology.current)
         self.lifecycle = Lifecycle(self.database, self.ownership, notices, terms, settings.timeouts.max_releases)
+        self.signs = Signs(self.database, self.ownership, self.lifecycle, notices)
         self.askers = Askers(self.database)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers, terms)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
@@ -90,6 +92,7 @@ class Shard:
             self.intake,
             self.dispatcher,
             self.lifecycle,
+            self.signs,
             why,
             self.happenings,
             self.archive,
@@ -106,12 +109,14 @@ class Shard:
             if await self._begin(stop):
                 self._start_loops()
                 self.dispatcher.start()
+                self.signs.start()
                 await self.link.start(settings.link, settings.link_tls)
                 self._started = True
                 log.info("shard %s serves %d slots", settings.name, len(self.ownership.open))
                 await stop.wait()
                 log.info("stopping")
                 await self.dispatcher.stop()
+                await self.signs.stop()
                 await self.link.stop(settings.stop_s)
             await self._loops.stop()
             await self.queue.close()

@@ -163,7 +163,7 @@ def writes(changes: Sequence[Change], writer: int, leases: Sequence[tuple[object
         leases: rows of `insert_leases`: those of a claim, which alone knows their terms.
     """
     granted = _steps(("insert_leases", leases))
-    return [*_narrow(changes), *granted, _change(changes), _events(changes), *_counts(changes, writer)]
+    return [*_narrow(changes), *granted, *_change(changes), _events(changes), *_counts(changes, writer)]
 
 
 def happenings(changes: Sequence[Change]) -> list[Happening]:
@@ -224,11 +224,35 @@ def _steps(*of_rows: tuple[str, Sequence[tuple[object, ...]]]) -> list[Step]:
     return [for_rows(name, rows) for name, rows in of_rows if rows]
 
 
-def _change(changes: Sequence[Change]) -> Step:
-    # The UPDATE finds a row only in its old version and changes `modified_at`: found is changed.
-    if all(change.event is Event.CLAIM for change in changes):
-        return _claim(changes)
-    return for_rows("change_jobs", [_row(change) for change in changes], must_find=len(changes))
+def _change(changes: Sequence[Change]) -> list[Step]:
+    # The UPDATEs find a row only in its old version and change `modified_at`: found is changed.
+    claims = [change for change in changes if change.event is Event.CLAIM]
+    plain = [change for change in changes if change.event is not Event.CLAIM and _only_state(change)]
+    others = [change for change in changes if change.event is not Event.CLAIM and not _only_state(change)]
+    steps = [make(some) for make, some in ((_claim, claims), (_advance, plain)) if some]
+    if others:
+        steps.append(for_rows("change_jobs", [_row(change) for change in others], must_find=len(others)))
+    return steps
+
+
+def _only_state(change: Change) -> bool:
+    return all(
+        value is None for value in (change.attempt, change.lost, change.queue, change.pilot, change.host, change.error)
+    )
+
+
+def _advance(changes: Sequence[Change]) -> Step:
+    ids = [change.job.id for change in changes]
+    flags = [int(_still_to_cancel(change)) for change in changes]
+    found = (tuple(ids), ids, [change.job.version for change in changes])
+    return Step(
+        "advance_jobs", [ids, [change.target for change in changes], ids, flags, *found], must_find=len(changes)
+    )
+
+
+def _still_to_cancel(change: Change) -> bool:
+    # A request to cancel ends with the attempt that it was made for.
+    return change.job.cancel_requested and change.target in LEASED
 
 
 def _claim(changes: Sequence[Change]) -> Step:
@@ -246,8 +270,6 @@ def _events(changes: Sequence[Change]) -> Step:
 
 def _row(change: Change) -> tuple[object, ...]:
     job, error, target = change.job, change.error, change.target
-    # A request to cancel ends with the attempt that it was made for.
-    cancel_requested = job.cancel_requested and target in LEASED
     return (
         job.id,
         job.version + 1,
@@ -257,7 +279,7 @@ def _row(change: Change) -> tuple[object, ...]:
         job.queue if change.queue is None else change.queue,
         job.pilot if change.pilot is None else change.pilot,
         job.host if change.host is None else change.host,
-        int(cancel_requested),
+        int(_still_to_cancel(change)),
         error.plane if error else None,
         error.code if error else None,
         error.text if error else None,

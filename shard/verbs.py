@@ -14,13 +14,14 @@ from culm.errors import ClientFault, CulmError
 from culm.link import Begun
 from culm.topology import Topology
 from culm.wire import (
-    GetJobAnswer,
+    ExportAnswer,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
     ShardCounts,
     ShardDepths,
     ShardErrors,
+    ShardExport,
     ShardGetJob,
     ShardHappenings,
     ShardHeartbeat,
@@ -39,13 +40,14 @@ from shard.dispatch import Dispatcher
 from shard.happenings import Happenings
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
+from shard.signs import Signs
 from shard.why import Why
 
 M = TypeVar("M", bound=msgspec.Struct)
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _GET_JOB: Final = msgspec.msgpack.Decoder(ShardGetJob)
-_GET_JOB_OK: Final = telemetry.REQUESTS.labels("get_job", "ok")
+_OK: Final = {verb: telemetry.REQUESTS.labels(verb, "ok") for verb in ("get_job", "heartbeat", "report")}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class UseCases:
     intake: Intake
     dispatcher: Dispatcher
     lifecycle: Lifecycle
+    signs: Signs
     why: Why
     happenings: Happenings
     archive: Archive
@@ -81,10 +84,17 @@ class Verbs:
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
             "archive": _entry(ShardArchive, self._archive),
+            "export": _entry(ShardExport, self._export),
             "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, lambda call: reads.read_counts(database, cases.name, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
+        }
+
+        self._begun: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any], asyncio.Future[Any] | None]]] = {
+            "get_job": (_GET_JOB, cases.dispatcher.begin),
+            "heartbeat": (self._table["heartbeat"][0], cases.signs.begin),
+            "report": (self._table["report"][0], cases.signs.begin),
         }
 
     async def handle(self, verb: str, body: bytes, _deadline_s: float) -> bytes:
@@ -110,16 +120,18 @@ class Verbs:
             )
 
     def begin(self, verb: str, body: bytes) -> Begun | None:
-        """A get_job that has nothing to wait for but its claim, without a task of its own. Raises CulmError."""
-        if verb != "get_job":
+        """What pilots say all day, without a task; None for a call that has more to wait for. Raises CulmError."""
+        entry = self._begun.get(verb)
+        if entry is None:
             return None
         started = time.perf_counter()
+        decoder, begin = entry
         try:
-            call = _GET_JOB.decode(body)
+            call = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        future = self._cases.dispatcher.begin(call)
-        return None if future is None else (future, partial(_finish, started))
+        future = begin(call)
+        return None if future is None else (future, partial(_finish, verb, started))
 
     def undelivered(self, verb: str, body: bytes, _answer: bytes) -> None:
         """An answer that could not be sent: a get_job's jobs go back."""
@@ -136,18 +148,23 @@ class Verbs:
             shard=self._cases.name, n_moved=n_moved, n_dropped=n_dropped, partitions=await archive.partitions()
         )
 
+    async def _export(self, call: ShardExport) -> ExportAnswer:
+        access.require_role(call.principal, "admin")
+        jobs, following = await self._cases.archive.page(call.name, call.after)
+        return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
+
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)
         return ShardReleaseAnswer(n_jobs=n_jobs)
 
 
-def _finish(started: float, future: "asyncio.Future[GetJobAnswer]") -> bytes:
+def _finish(verb: str, started: float, future: "asyncio.Future[msgspec.Struct]") -> bytes:
     try:
         answer = _ENCODER.encode(future.result())
     except CulmError as error:
-        telemetry.REQUESTS.labels("get_job", error.code).observe(time.perf_counter() - started)
+        telemetry.REQUESTS.labels(verb, error.code).observe(time.perf_counter() - started)
         raise
-    _GET_JOB_OK.observe(time.perf_counter() - started)
+    _OK[verb].observe(time.perf_counter() - started)
     return answer
 
 

@@ -1,6 +1,6 @@
 """The yardstick: one aiohttp and uvloop process that decodes a get_job, and encodes an answer of the same bytes.
 
-`python -m loadtest.bench.echo PORT` reads a GetJobAnswer as MessagePack from its standard input: what it answers to
+`python -m loadtest.bench.echo PORT FILE`: the FILE holds a GetJobAnswer as MessagePack, and that is what it answers to
 every `POST /v1/get_job`, under a new job id each time. It checks no token, knows no queue and stores nothing: what any
 aiohttp service pays before it does anything at all.
 """
@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import signal
 import sys
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -40,8 +41,12 @@ def app(answer: GetJobAnswer) -> web.Application:
         return web.Response(body=encoders[dialect].encode(GetJobAnswer(jobs=[given])), content_type=dialect)
 
     application = web.Application()
-    application.add_routes([web.post("/v1/get_job", get_job)])
+    application.add_routes([web.post("/v1/get_job", get_job), web.get("/health", _health)])
     return application
+
+
+async def _health(_request: web.Request) -> web.Response:
+    return web.Response()
 
 
 async def _serve(port: int, answer: GetJobAnswer) -> None:
@@ -57,7 +62,7 @@ async def _serve(port: int, answer: GetJobAnswer) -> None:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    answer = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=GetJobAnswer)
+    answer = msgspec.msgpack.decode(Path(sys.argv[2]).read_bytes(), type=GetJobAnswer)
     uvloop.run(_serve(int(sys.argv[1]), answer))
 
 

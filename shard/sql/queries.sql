@@ -149,6 +149,13 @@ SET job.version = changed.version, job.state = changed.state, job.attempt = chan
     job.cancel_requested = changed.cancel_requested, job.error_plane = changed.error_plane,
     job.error_code = changed.error_code, job.error_text = changed.error_text, job.modified_at = UTC_TIMESTAMP(6)
 
+-- What most transitions change: the state, and what ends with it.
+-- name: advance_jobs
+UPDATE job FORCE INDEX (PRIMARY) SET version = version + 1, state = ELT(FIELD(id, %s), %s),
+    cancel_requested = ELT(FIELD(id, %s), %s), error_plane = NULL, error_code = NULL, error_text = NULL,
+    modified_at = UTC_TIMESTAMP(6)
+WHERE id IN %s AND version = ELT(FIELD(id, %s), %s)
+
 -- What a claim changes, of jobs that it holds by their ready rows; found only as it knew them.
 -- name: claim_jobs
 UPDATE job FORCE INDEX (PRIMARY) SET version = version + 1, state = 'sent', attempt = attempt + 1,
@@ -183,6 +190,9 @@ INSERT INTO owner_tally (owner, writer, n) VALUES {, |(%s, %s, %s)} ON DUPLICATE
 -- name: extend_lease
 UPDATE lease SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND) WHERE id = %s
 
+-- name: extend_leases
+UPDATE lease FORCE INDEX (PRIMARY) SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND) WHERE id IN %s
+
 -- ---- report, release, reaper
 
 -- name: find_report
@@ -193,6 +203,9 @@ SELECT n FROM job_event WHERE id = %s AND event = %s LIMIT 1
 
 -- name: insert_report
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
+
+-- name: insert_reports
+INSERT INTO report (id, attempt, token, state, at, body) VALUES {, |(%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)}
 
 -- name: request_cancel
 UPDATE job FORCE INDEX (PRIMARY) SET cancel_requested = 1 WHERE id IN %s
@@ -284,6 +297,11 @@ ORDER BY id LIMIT %s
 
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
+
+-- The next jobs of a partition, by what bounds it, with the bytes of each.
+-- name: next_archived
+SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
+WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_id
 SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
