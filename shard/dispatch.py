@@ -158,7 +158,7 @@ class Dispatcher:
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
         await self._parts.ownership.require(call.slots)
-        self._parts.askers.asked(call.offer, call.pilot.id)
+        self._parts.askers.asked(call.offer, call.pilot)
         key = identity(call)
         if key in self._returning:
             # Its first try is being given back: to find the leases of that one now would be to lose them at once.
@@ -341,7 +341,8 @@ class Dispatcher:
                 self._fail(request, seat.refusal)
             elif seat.grants:
                 _DISPATCHED.inc(len(seat.taken))
-                self._parts.askers.given(seat.call.offer.queue, (key.slot for key in seat.taken))
+                slots = (key.slot for key in seat.taken)
+                self._parts.askers.given(seat.call.offer.queue, seat.call.pilot.id, slots)
                 full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
                 request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))

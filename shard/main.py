@@ -24,13 +24,17 @@ from shard.intake import Intake
 from shard.lifecycle import Lifecycle
 from shard.migrate import migrate
 from shard.ownership import Ownership
+from shard.pile_ups import PileUps
 from shard.reaper import Reaper
 from shard.refill import Refill
+from shard.samples import Samples
 from shard.verbs import UseCases, Verbs
 from shard.why import Why
 
 START_PAUSE_S = 0.2
 ASKERS_SAVE_S = 5.0
+SAMPLES_LOOK_S = 30.0
+"""How often it is looked whether another hour has begun."""
 SLOW_TURNS = 60
 """Old jobs are looked for once in so many turns of the reaper."""
 
@@ -65,6 +69,7 @@ class Shard:
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
+        self.samples = Samples(self.database, settings.samples_kept_hours)
         why = Why(self.database, self.classes, self.askers)
         cases = UseCases(
             settings.name,
@@ -76,6 +81,8 @@ class Shard:
             why,
             self.happenings,
             self.archive,
+            self.askers,
+            PileUps(self.database, self.samples, why),
         )
         self.verbs = Verbs(cases)
         self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)
@@ -127,6 +134,7 @@ class Shard:
         self._loops.every(self.settings.archive.interval_s, "archive", self.archive.turn)
         self._loops.every(self.settings.topology_poll_s, "bans", self.bans.turn)
         self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
+        self._loops.every(SAMPLES_LOOK_S, "samples", self.samples.turn)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "old_errors", self.reaper.drop_old_errors)
