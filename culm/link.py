@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from culm import address
 from culm.errors import Bug, ClientFault, CulmError, Unavailable
@@ -31,16 +31,23 @@ log = logging.getLogger("culm.link")
 
 Handler = Callable[[str, bytes, float], Awaitable[bytes]]
 """(verb, body, deadline in seconds from now) -> answer's body; raises CulmError."""
+Begun = tuple["asyncio.Future[Any]", Callable[["asyncio.Future[Any]"], bytes]]
+Begin = Callable[[str, bytes], Begun | None]
+"""(verb, body) -> what will be done, and what makes the answer's body of it then and raises CulmError; None for a call
+that the handler is to answer. Cancelled where the caller is gone. For the calls that are many: they need no task."""
 Undelivered = Callable[[str, bytes, bytes], None]
 """(verb, body, answer): the answer could not be sent, its effect should be undone."""
 
 
 class LinkServer:
-    """Accepts connections and runs one task per call."""
+    """Accepts connections and runs one task per call that `begin` does not take."""
 
-    def __init__(self, name: str, handler: Handler, undelivered: Undelivered) -> None:
+    def __init__(
+        self, name: str, handler: Handler, undelivered: Undelivered, begin: Begin = lambda _verb, _body: None
+    ) -> None:
         self.name = name
         self.handler = handler
+        self.begin = begin
         self.undelivered = undelivered
         self.connections: set[_ServerConnection] = set()
         self._server: asyncio.Server | None = None
@@ -78,7 +85,7 @@ class _ServerConnection(Connection):
     def __init__(self, server: LinkServer) -> None:
         super().__init__(server.name)
         self.server = server
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.tasks: dict[int, asyncio.Future[Any]] = {}
         self._hello_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -120,8 +127,33 @@ class _ServerConnection(Connection):
         if len(self.tasks) >= MAX_CALLS_PER_CONNECTION:
             self._send_error(frame.stream, Unavailable("overloaded", "too many calls on this link"))
             return
+        try:
+            begun = self.server.begin(frame.verb, frame.body)
+        except CulmError as error:
+            self._send_error(frame.stream, error)
+            return
+        if begun is not None:
+            self.tasks[frame.stream] = begun[0]
+            begun[0].add_done_callback(partial(self._done, frame, begun[1]))
+            return
         task = self.tasks[frame.stream] = self._loop.create_task(self._run(frame))
         task.add_done_callback(partial(self._ended, frame.stream))
+
+    def _done(
+        self, frame: Frame, finish: Callable[["asyncio.Future[Any]"], bytes], future: "asyncio.Future[Any]"
+    ) -> None:
+        self.tasks.pop(frame.stream, None)
+        try:
+            answer = finish(future)
+        except asyncio.CancelledError:
+            self._send_error(frame.stream, Unavailable("cancelled", "the call was cancelled"))
+        except CulmError as error:
+            self._send_error(frame.stream, error)
+        except Exception:  # as in _run
+            log.exception("link %s: %s failed", self.name, frame.verb)
+            self._send_error(frame.stream, Bug(f"{frame.verb} failed, see the log of {self.name}"))
+        else:
+            self._answer(frame, answer)
 
     def _ended(self, stream: int, task: asyncio.Task[None]) -> None:
         self.tasks.pop(stream, None)
@@ -240,38 +272,54 @@ class LinkClient:
 
         Safe to retry: as the verb is. When the caller is cancelled the shard is told.
         """
+        answer = self.begin(verb, body, deadline_s, waits=waits)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # An answer that came in the same turn of the loop: nobody else will see it.
+            if not answer.cancelled() and answer.exception() is None:
+                self.options.orphan(verb, body, answer.result())
+            raise
+
+    def begin(self, verb: str, body: bytes, deadline_s: float, *, waits: bool = False) -> "asyncio.Future[bytes]":
+        """The same as a future. Who cancels it is gone: the shard is told.
+
+        Raises Unavailable: shard_down (nothing was sent), overloaded; the rest is the future's.
+        """
         connection = self._connection
         if connection is None:
             raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
         n_waiting = connection.n_waiting
         if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
             raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
+        loop = asyncio.get_running_loop()
         stream = next(self._streams)
-        call = _Call(verb, body, asyncio.get_running_loop().create_future())
+        call = _Call(verb, body, loop.create_future())
         connection.send(Frame(Kind.CALL, stream, verb, int(deadline_s * 1000), body))
         connection.calls[stream] = call
         connection.n_waiting += waits
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await call.answer
-        except TimeoutError:
-            self._abandon(connection, stream, call)
-            raise Unavailable(
-                "deadline", f"shard {self.name} gave no answer in {deadline_s:.1f} s", details={"shard": self.name}
-            ) from None
-        except asyncio.CancelledError:
-            self._abandon(connection, stream, call)
-            raise
-        finally:
-            connection.n_waiting -= waits
+        timer = loop.call_later(deadline_s, self._too_late, connection, stream, call, deadline_s)
+        call.answer.add_done_callback(partial(self._ended, connection, stream, timer, waits))
+        return call.answer
 
-    def _abandon(self, connection: "_ClientConnection", stream: int, call: _Call) -> None:
-        """Nobody waits any more: tell the shard, or give back an answer that came in the same turn of the loop."""
-        answer = call.answer
-        if not answer.done() or answer.cancelled():
+    def _ended(
+        self,
+        connection: "_ClientConnection",
+        stream: int,
+        timer: asyncio.TimerHandle,
+        waits: bool,  # of a callback
+        answer: "asyncio.Future[bytes]",
+    ) -> None:
+        timer.cancel()
+        connection.n_waiting -= waits
+        if answer.cancelled():
             connection.send(Frame(Kind.CANCEL, stream))
-        elif answer.exception() is None:
-            self.options.orphan(call.verb, call.body, answer.result())
+
+    def _too_late(self, connection: "_ClientConnection", stream: int, call: "_Call", deadline_s: float) -> None:
+        if not call.answer.done():
+            text = f"shard {self.name} gave no answer in {deadline_s:.1f} s"
+            call.answer.set_exception(Unavailable("deadline", text, details={"shard": self.name}))
+            connection.send(Frame(Kind.CANCEL, stream))
 
     async def _keep(self) -> None:
         pause_s = 0.05

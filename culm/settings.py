@@ -83,6 +83,8 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     """Requests under way on one link, not counting pilots that wait for work; beyond it 503."""
     link_waiting: Count = 20_000
     """Pilots that wait for work on one link; beyond it 503."""
+    fast_lane: bool = True
+    """Serve get_job, heartbeat and report without a framework's request for each; false: aiohttp serves all alike."""
     max_connections: Count = 20_000
     """Connections of clients per worker process; beyond it 503."""
     topology_poll_s: Seconds = 0.5
@@ -152,6 +154,8 @@ class DispatchSettings(Settings, frozen=True, kw_only=True):
     """Hints kept per requirement class: the best ones."""
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 128
     """Requests in one claim transaction."""
+    shelf_mb: Annotated[int, Meta(ge=0, le=65_536)] = 64
+    """Memory for ready jobs that were read ahead of their claim; 0: each claim reads its own."""
     max_classes: Count = 1000
     """Different requirements that the ready jobs of one slot may have: every get_job is matched with each."""
     max_classes_per_owner: Count = 200

@@ -75,6 +75,18 @@ class ShardLinks:
             # A CulmError, so that whoever asks many shards loses this one's answer only.
             raise Bug(f"shard {shard} answered {verb} with what is no {answer.__name__}: {error}") from None
 
+    def begin(
+        self, shard: str, verb: str, message: msgspec.Struct, deadline_s: float, *, waits: bool = False
+    ) -> "asyncio.Future[bytes] | None":
+        """One call as LinkClient.begin, its answer not decoded; None to a shard that `ask` would have to wait for.
+
+        Raises as LinkClient.begin.
+        """
+        link = self._links.get(shard)
+        if link is None or link.new:
+            return None
+        return link.begin(verb, _ENCODER.encode(message), deadline_s, waits=waits)
+
     def any_connected(self, shards: Iterable[str]) -> bool:
         """Whether at least one of these can be asked now."""
         return any(shard in self._links and self._links[shard].connected for shard in shards)

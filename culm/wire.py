@@ -829,6 +829,29 @@ class ArchiveAnswer(Answer, frozen=True, kw_only=True):
     missing_shards: list[str] = []
 
 
+class ShardExport(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of a partition of the archive, after a job."""
+
+    principal: Principal
+    name: str
+    after: int = 0
+
+
+class ExportRequest(Request, frozen=True, kw_only=True):
+    """A page of a partition of one shard's archive: the jobs after an id, each whole."""
+
+    shard: Name
+    name: Name
+    after: Annotated[int, Meta(ge=0, le=MAX_JOB_ID)] = 0
+
+
+class ExportAnswer(Answer, frozen=True, kw_only=True):
+    """In the order of their ids; `next` is what to ask for after these, None at the end."""
+
+    jobs: list[JobView]
+    next: int | None = None
+
+
 class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     """From the tallies, at the database's time `at`."""
 

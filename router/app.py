@@ -1,5 +1,6 @@
 """The HTTP face of the router: a table of verbs. Handlers decode, call one use case, encode."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -9,7 +10,6 @@ from aiohttp import web
 
 from culm import service
 from culm.errors import ClientFault, CulmError
-from culm.ids import slot_of
 from culm.registry_wire import BanRequest, QueueRequest, ShardRequest, SitesRequest
 from culm.settings import RouterSettings
 from culm.tokens import Verifier
@@ -17,6 +17,7 @@ from culm.wire import (
     MAX_BODY_BYTES,
     ArchiveRequest,
     CancelRequest,
+    ExportRequest,
     GetJobAnswer,
     GetJobRequest,
     HeartbeatRequest,
@@ -26,8 +27,9 @@ from culm.wire import (
     SubmitRequest,
 )
 from router import dialects, door, peers, pilots, registry, users, why
-from router.archive import archive
+from router.archive import archive, export
 from router.forward import Forward
+from router.lane import Connection, Lane
 from router.submit import submit
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -44,6 +46,7 @@ class Front:
         self._home = registry.Home(Path(settings.topology_dir), settings.authority)
         self.orphans = pilots.Orphans(forward.links)
         forward.links.on_orphan = self.orphans.crossed
+        self._lane = Lane(forward, verifier, self.orphans) if settings.fast_lane else None
 
     def app(self, ready: service.Ready) -> web.Application:
         """The application with all routes."""
@@ -57,6 +60,7 @@ class Front:
                 self._post("report", ReportRequest, lambda who, body: pilots.report(forward, who, body)),
                 self._post("cancel", CancelRequest, lambda who, body: users.cancel(forward, who, body)),
                 self._post("archive", ArchiveRequest, lambda who, body: archive(forward, home.authority, who, body)),
+                self._post("export", ExportRequest, lambda who, body: export(forward, home.authority, who, body)),
                 self._post("sites", SitesRequest, lambda who, body: registry.register(home, who, body)),
                 self._post("queue", QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
                 self._post("ban", BanRequest, lambda who, body: registry.ban(home, who, body)),
@@ -71,6 +75,13 @@ class Front:
             ]
         )
         return app
+
+    def connections(self, server: web.Server) -> Callable[[], asyncio.BaseProtocol]:
+        """What makes the protocol of each client's connection, of a server that serves `app`."""
+        lane, loop = self._lane, asyncio.get_running_loop()
+        if lane is None:
+            return server
+        return lambda: Connection(server, lane, loop=loop, access_log=None, keepalive_timeout=door.KEEPALIVE_S)
 
     async def _get_job(self, request: web.Request) -> web.StreamResponse:
         """Written here, not by the framework: a client that is gone by now gives its jobs back at once."""
@@ -90,13 +101,9 @@ class Front:
             written = request.transport is not None and not request.transport.is_closing()
         finally:
             if answer.jobs and not written:
-                self.orphans.unsent(self._shards_of(answer), principal, message)
+                self.orphans.unsent(pilots.shards_of(self._forward.topology, answer), principal, message)
         request[service.VERB] = "get_job" if answer.jobs else "get_job_empty"
         return response
-
-    def _shards_of(self, answer: GetJobAnswer) -> list[str]:
-        topology = self._forward.topology
-        return list({topology.place(slot_of(grant.id)).shard for grant in answer.jobs})
 
     async def _job(self, principal: Principal, request: web.Request) -> msgspec.Struct:
         return await users.job(self._forward, principal, _job_id(request))

@@ -2,11 +2,32 @@
 
 from culm import access
 from culm.errors import ClientFault, CulmError
-from culm.wire import ArchiveAnswer, ArchiveRequest, Principal, ShardArchive, ShardArchiveAnswer
+from culm.wire import (
+    ArchiveAnswer,
+    ArchiveRequest,
+    ExportAnswer,
+    ExportRequest,
+    Principal,
+    ShardArchive,
+    ShardArchiveAnswer,
+    ShardExport,
+)
 from router.forward import Forward
 
 DEADLINE_S = 60.0
 """To drop a partition takes as long as its files take to go."""
+
+
+async def export(forward: Forward, authority: str, principal: Principal, request: ExportRequest) -> ExportAnswer:
+    """A page of a month of one shard's archive.
+
+    Raises ClientFault (forbidden, unknown_shard, unknown_partition), Unavailable. Safe to retry: yes.
+    """
+    _require_admin(principal, authority)
+    if request.shard not in forward.fresh_topology().sections[authority].shards:
+        raise _unknown_shard(authority, request.shard)
+    call = ShardExport(principal=principal, name=request.name, after=request.after)
+    return await forward.links.ask(request.shard, "export", call, ExportAnswer, DEADLINE_S)
 
 
 async def archive(forward: Forward, authority: str, principal: Principal, request: ArchiveRequest) -> ArchiveAnswer:
@@ -15,12 +36,10 @@ async def archive(forward: Forward, authority: str, principal: Principal, reques
     Raises ClientFault (forbidden, unknown_shard; unknown_partition and partition_in_use where no shard did it).
     Safe to retry: yes.
     """
-    access.require_role(principal, "admin")
-    if principal.authority != authority:
-        raise access.forbidden(f"this router speaks for the shards of {authority}, the token for {principal.authority}")
+    _require_admin(principal, authority)
     section = forward.fresh_topology().sections[authority]
     if request.shard and request.shard not in section.shards:
-        raise ClientFault("unknown_shard", f"{authority} has no shard {request.shard!r}", http_status=404)
+        raise _unknown_shard(authority, request.shard)
     names = [request.shard] if request.shard else sorted(section.shards)
     call = ShardArchive(principal=principal, older_s=request.older_s, drop=request.drop)
     answers = await forward.links.ask_many([(name, call) for name in names], "archive", ShardArchiveAnswer, DEADLINE_S)
@@ -32,3 +51,13 @@ async def archive(forward: Forward, authority: str, principal: Principal, reques
         shards=[answer for answer in answers if not isinstance(answer, CulmError)],
         missing_shards=[name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)],
     )
+
+
+def _require_admin(principal: Principal, authority: str) -> None:
+    access.require_role(principal, "admin")
+    if principal.authority != authority:
+        raise access.forbidden(f"this router speaks for the shards of {authority}, the token for {principal.authority}")
+
+
+def _unknown_shard(authority: str, shard: str) -> ClientFault:
+    return ClientFault("unknown_shard", f"{authority} has no shard {shard!r}", http_status=404)

@@ -71,9 +71,14 @@ def query(request: web.Request, kind: type[M]) -> M:
         raise ClientFault("bad_request", f"the query is not good: {error}") from None
 
 
+def encoded(dialect: str, answer: msgspec.Struct) -> bytes:
+    """The body of a good answer."""
+    return _ENCODERS[dialect].encode(answer)
+
+
 def encode(dialect: str, answer: msgspec.Struct) -> web.Response:
     """A good answer."""
-    return web.Response(body=_ENCODERS[dialect].encode(answer), content_type=dialect)
+    return web.Response(body=encoded(dialect, answer), content_type=dialect)
 
 
 def grants_in(dialect: str, answer: GetJobAnswer) -> GetJobAnswer:

@@ -4,6 +4,7 @@ import asyncio
 import select
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -16,6 +17,8 @@ BACKLOG: Final = 4096
 LINGER_S: Final = 1.0
 """How long a refused client may take to read why."""
 RETRY_AFTER_S: Final = 1.0
+KEEPALIVE_S: Final = 75.0
+"""A connection on which nothing is asked for so long is closed."""
 
 
 def require_free(host: str, port: int) -> None:
@@ -39,15 +42,16 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 async def listen(
-    runner: web.AppRunner, at: socket.socket, max_connections: int, tls: ssl.SSLContext | None = None
+    server: web.Server,
+    connection: Callable[[], asyncio.BaseProtocol],
+    at: socket.socket,
+    max_connections: int,
+    tls: ssl.SSLContext | None = None,
 ) -> asyncio.Server:
-    """Serve a runner that is set up; who comes when `max_connections` are open gets 503 and is shown out."""
-    server = runner.server
-    if server is None:
-        raise RuntimeError("set the runner up before it listens")
+    """Serve each client with a `connection`; who comes when `max_connections` are open gets 503 and is shown out."""
 
     def next_protocol() -> asyncio.BaseProtocol:
-        return server() if len(server.connections) < max_connections else _Refusal()
+        return connection() if len(server.connections) < max_connections else _Refusal()
 
     return await asyncio.get_running_loop().create_server(next_protocol, sock=at, backlog=BACKLOG, ssl=tls)
 

@@ -144,12 +144,19 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     loops.every(settings.peer_poll_s, "peers", Peers(settings).poll)
     # handler_cancellation: a pilot that hangs up while it waits must not be given a job.
     runner = web.AppRunner(
-        front.app(ready), access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=75
+        front.app(ready),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_S,
+        keepalive_timeout=door.KEEPALIVE_S,
     )
     await runner.setup()
     try:
+        assert runner.server is not None
         at = door.bound(settings.host, settings.port)
-        server = await door.listen(runner, at, settings.max_connections, https.context)
+        server = await door.listen(
+            runner.server, front.connections(runner.server), at, settings.max_connections, https.context
+        )
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()
         server.close()

@@ -86,6 +86,11 @@ async def report(forward: Forward, principal: Principal, request: ReportRequest)
     )
 
 
+def shards_of(topology: Topology, answer: GetJobAnswer) -> list[str]:
+    """The shards that the jobs of an answer live on."""
+    return list({topology.place(slot_of(grant.id)).shard for grant in answer.jobs})
+
+
 class Orphans:
     """Jobs that were granted to a client that is gone: given back at once, in the background."""
 

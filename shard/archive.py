@@ -25,6 +25,9 @@ from shard.transitions import Counted, add_to_tallies, lock_jobs, lock_slots
 
 MAX_EXAMINED: Final = 5000
 """Rows that one turn goes through in search of old jobs."""
+EXPORTED_PER_PAGE: Final = 500
+EXPORTED_BYTES: Final = 2 << 20
+"""As stored, of one page of an export; one job always fits."""
 MONTHS_AHEAD: Final = 2
 FIRST_YEAR: Final = 2020
 """What ended before lies in one partition."""
@@ -118,6 +121,31 @@ class Archive:
         await self._database.run("write", lambda tx: tx.execute("drop_archive_tally", month))
         self._months.discard(name)
         return n_jobs
+
+    async def page(self, name: str, after: int) -> tuple[list[ArchivedJob], int | None]:
+        """The jobs of a month after an id, as many as fit into an answer, and the id to go on after; None at the end.
+
+        Raises ClientFault(unknown_partition), Unavailable. Safe to retry: yes.
+        """
+        parts = await self._database.run("user", lambda tx: tx.fetch("read_partitions"))
+        bounds = [str(part[1]).strip("'") for part in parts]
+        names = [part[0] for part in parts]
+        if name not in names:
+            raise ClientFault("unknown_partition", f"there is no partition {name[:40]!r}", http_status=404)
+        number = names.index(name)
+        since = bounds[number - 1] if number else "1000-01-01"
+        rows = await self._database.run(
+            "user", lambda tx: tx.fetch("next_archived", since, bounds[number], after, EXPORTED_PER_PAGE + 1)
+        )
+        ids: list[int] = []
+        n_bytes = 0
+        for identifier, size in rows[:EXPORTED_PER_PAGE]:
+            n_bytes += size
+            if ids and n_bytes > EXPORTED_BYTES:
+                break
+            ids.append(identifier)
+        found = await self._database.run("user", lambda tx: find_archived(tx, ids)) if ids else {}
+        return [found[one] for one in ids if one in found], ids[-1] if len(ids) < len(rows) else None
 
     async def _move_of(self, at: SlotRef, older_s: float) -> int:
         first, last = id_range(at.slot)

@@ -7,7 +7,7 @@ row is taken only for a request whose offer its class fits.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,12 +17,14 @@ from culm.errors import ClientFault, CulmError
 from culm.settings import Timeouts
 from culm.states import Event, State
 from culm.wire import Grant, ShardGetJob
-from shard.database import Row, Transaction
+from shard.database import ChangedUnderfootError, Row, Step, Transaction
 from shard.hints import ClassKey, Hint
-from shard.transitions import Change, apply, job_of, lock_slots
+from shard.shelf import Shelf
+from shard.transitions import Change, happenings, job_of, lock_slots, require_open, writes
 
 MAX_ROUNDS: Final = 4
 CLASSES_PER_STATEMENT: Final = 100
+TOKEN_BYTES: Final = 12
 MAX_SPEC_BYTES: Final = 4 << 20
 """Of the jobs of one answer: it must fit into a frame. One job always does."""
 
@@ -106,10 +108,7 @@ async def claim(
         Moved: a slot is not open here at that epoch.
         ChangedUnderfootError, DuplicateKeyError: run the transaction again.
     """
-    for seat in seats:
-        seat.grants.clear()
-        seat.taken.clear()
-        seat.repeated, seat.cut, seat.refusal = False, False, None
+    _clear(seats)
     await lock_slots(tx, [ref for seat in seats for ref in seat.call.slots])
     await _answer_repeated(tx, seats)
     result = Claimed(seats)
@@ -126,6 +125,62 @@ async def claim(
             break
     await _grant(tx, groups, timeouts, result)
     return result
+
+
+def enough(seats: Sequence[Seat], hints: Sequence[Sequence[Hint]]) -> bool:
+    """Whether there is a candidate for every job that a seat could get: then `claim_at_once` may do."""
+    return all(group.wanted <= len(some) or not group.keys for group, some in zip(_groups(seats), hints, strict=True))
+
+
+async def claim_at_once(
+    tx: Transaction, seats: list[Seat], hints: Sequence[Sequence[Hint]], timeouts: Timeouts, shelf: Shelf
+) -> Claimed:
+    """The same as `claim`, where there is `enough` and everything is as it seems: one packet does it all.
+
+    Nothing is locked or read before it is changed: every write is guarded by what it must find, the unique key of the
+    leases finds the repeats of requests that could get something, and a look at the leases those that could not.
+
+    Raises:
+        Moved: a slot is not open here at that epoch.
+        ChangedUnderfootError, DuplicateKeyError: something was not as it seemed; `claim` finds out what.
+    """
+    _clear(seats)
+    result = Claimed(seats)
+    groups = _groups(seats)
+    for group, some in zip(groups, hints, strict=True):
+        group.won = list(some[: group.wanted]) if group.keys else []
+        result.unused += some[len(group.won) :]
+    jobs = await _known(tx, [hint for group in groups for hint in group.won], shelf)
+    leases, changes = _grants(groups, jobs, timeouts, result)
+    if result.broken or any(hint.key not in group.keys for group in groups for hint in group.won):
+        raise ChangedUnderfootError
+    wanted = {ref for seat in seats for ref in seat.call.slots}
+    asked = tuple(seat.call.request_id for seat in seats if not seat.grants)
+    steps = [Step("lock_open_slots", [tuple({ref.slot for ref in wanted})])]
+    if asked:
+        steps.append(Step("find_answers", [asked], must_find=0))
+    if changes:
+        steps += writes(changes, tx.writer, leases)
+    answers = await tx.together(steps)
+    require_open(wanted, answers[0])
+    tx.happened += happenings(changes)
+    return result
+
+
+async def _known(tx: Transaction, hints: Sequence[Hint], shelf: Shelf) -> dict[int, Row]:
+    """The rows of `read_claimed`, from the shelf as far as it has them; they may be out of date."""
+    jobs = {hint.id: row for hint in hints if (row := shelf.take(hint.id)) is not None}
+    missing = [hint.id for hint in hints if hint.id not in jobs]
+    if missing:
+        jobs |= await _read_claimed(tx, missing)
+    return jobs
+
+
+def _clear(seats: Sequence[Seat]) -> None:
+    for seat in seats:
+        seat.grants.clear()
+        seat.taken.clear()
+        seat.repeated, seat.cut, seat.refusal = False, False, None
 
 
 def _groups(seats: Sequence[Seat]) -> list[_Group]:
@@ -214,15 +269,28 @@ async def _best_in_database(tx: Transaction, group: _Group, own: frozenset[int],
 
 
 async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, result: Claimed) -> None:
-    winners = _seat_winners(groups)
-    if not winners:
+    won = [hint.id for group in groups for hint in group.won]
+    if not won:
         return
-    jobs = await _read_claimed(tx, [hint.id for _, hint, _ in winners])
-    leases, changes = [], []
+    leases, changes = _grants(groups, await _read_claimed(tx, won), timeouts, result)
+    if not changes:
+        return
+    await tx.together(writes(changes, tx.writer, leases))
+    tx.happened += happenings(changes)
+
+
+def _grants(
+    groups: Sequence[_Group], jobs: Mapping[int, Row], timeouts: Timeouts, result: Claimed
+) -> tuple[list[tuple[object, ...]], list[Change]]:
+    """Fill the seats with what their groups won; the leases and changes that make it so."""
+    winners = _seat_winners(groups)
+    leases: list[tuple[object, ...]] = []
+    changes: list[Change] = []
     n_bytes: dict[int, int] = {}
-    for seat, hint, ordinal in winners:
+    secret = secrets.token_hex(TOKEN_BYTES * len(winners))
+    for number, (seat, hint, ordinal) in enumerate(winners):
         call, row = seat.call, jobs.get(hint.id)
-        if row is None or row[3] != State.ACTIVATED:
+        if row is None or row[3] != State.ACTIVATED or hint.key != row[1:3]:
             # It stays where it is. Who gets nothing for it looks again, without it.
             result.broken.add(hint.id)
             result.contended = True
@@ -234,7 +302,7 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, 
             seat.cut = True
             continue
         job = job_of((*row[:14], row[15]))
-        attempt, token = job.attempt + 1, secrets.token_hex(12)
+        attempt, token = job.attempt + 1, secret[number * 2 * TOKEN_BYTES : (number + 1) * 2 * TOKEN_BYTES]
         first_s = call.lease.first_s or timeouts.first_lease_s
         heartbeat_s = call.lease.heartbeat_s or timeouts.heartbeat_s
         who = (call.request_id, ordinal, call.subject)
@@ -253,11 +321,7 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], timeouts: Timeouts, 
         )
         seat.grants.append(_grant_of(row, attempt, token, (first_s, heartbeat_s)))
         seat.taken.append(hint.key)
-    if not leases:
-        return
-    # The lease first: its unique key is where a request id that is under way twice is caught.
-    await tx.execute_rows("insert_leases", leases)
-    await apply(tx, changes)
+    return leases, changes
 
 
 def _seat_winners(groups: Sequence[_Group]) -> list[tuple[Seat, Hint, int]]:

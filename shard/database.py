@@ -1,28 +1,25 @@
-"""The partition's database: pools of connections, transactions, and the table that maps driver errors to ours.
+"""The partition's database: pools of connections and transactions.
 
-The only module that imports the driver. Every statement has a deadline; a connection whose statement was cut off
-(deadline, cancellation, lost server) is closed, never reused. Each writing connection has a number, the `writer` of
-the tally tables, so that no two open transactions share a tally row.
+Every statement has a deadline; a connection whose statement was cut off (deadline, cancellation, lost server) is
+closed, never reused. Each writing connection has a number, the `writer` of the tally tables, so that no two open
+transactions share a tally row.
 """
 
 import asyncio
 import contextlib
-import logging
 import re
-import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-import aiomysql
 from prometheus_client import Counter, Gauge
-from pymysql.err import MySQLError
 
 from culm.clock import Clock, SystemClock
 from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from culm.wire import Happening
+from shard.driver import DRIVER_ERRORS, LOST, RETRIED, Connection, broken, connect, errno, is_closed, mapped
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
 Pool = Literal["claim", "write", "read", "user"]
@@ -30,27 +27,8 @@ Pool = Literal["claim", "write", "read", "user"]
 Row = tuple[Any, ...]
 T = TypeVar("T")
 
-RETRIED: Final = frozenset({1020, 1205, 1213})
-"""Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
-LOST: Final = frozenset(
-    {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055} | {4031}
-)
-"""Server gone, going, read-only or without quorum, or the statement was killed there: reconnect, 503."""
-SLOW: Final = frozenset({1969, 3024})
-"""The server ended a statement that took longer than it may."""
-FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
-"""Disk or table full."""
-DUPLICATE: Final = 1062
-EXISTS: Final = frozenset({1050, 1060, 1061})
-"""The table, column or key that is to be made is there."""
 MAX_TRIES: Final = 6
-_SESSION: Final = (
-    "SET SESSION time_zone = '+00:00', SESSION innodb_lock_wait_timeout = 3, SESSION sql_notes = 0, "
-    "SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO'"
-)
 _WORD: Final = re.compile(r"[\w-]{1,32}")
-_ISOLATION: Final = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
-"""A statement of its own: the name of the variable differs between MariaDB 10.11 and MySQL 9."""
 _UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
 RESTART_S: Final = 2.0
 """Two looks at a server's start differ by less, for it counts whole seconds."""
@@ -58,14 +36,24 @@ RESTART_S: Final = 2.0
 _IN_USE: Final = Gauge("culm_db_pool_in_use", "Connections in use", ["pool"])
 _RETRIES: Final = Counter("culm_db_retries_total", "Transactions run again", ["errno"])
 
-log = logging.getLogger("shard.database")
 
-# MySQL warns of VALUES(col) in an upsert; its successor is not known to MariaDB.
-warnings.filterwarnings("ignore", message="'VALUES function' is deprecated")
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One statement of several that are sent together.
+
+    `arguments` are those of all its rows where the statement has a repeated part, and `n_rows` their number.
+    """
+
+    name: str
+    arguments: Sequence[Any]
+    n_rows: int = 0
+    must_find: int | None = None
+    """So many rows it must find or change, or nothing was as the caller believed."""
 
 
-class DuplicateKeyError(Exception):
-    """A unique key was hit: another transaction was first. Never leaves the shard."""
+def for_rows(name: str, rows: Sequence[Sequence[Any]], *, must_find: int | None = None) -> Step:
+    """A step of a statement whose repeated part takes one row of arguments each."""
+    return Step(name, flatten(rows), len(rows), must_find)
 
 
 class ChangedUnderfootError(Exception):
@@ -75,7 +63,7 @@ class ChangedUnderfootError(Exception):
 class Transaction:
     """Statements by name on one connection. Made by Database; see `Database.run`."""
 
-    def __init__(self, connection: "aiomysql.Connection", writer: int, statement_timeout_s: float) -> None:
+    def __init__(self, connection: Connection, writer: int, statement_timeout_s: float) -> None:
         self.writer = writer
         self.happened: list[Happening] = []
         """To be told when this is committed."""
@@ -108,6 +96,39 @@ class Transaction:
         if not rows:
             return 0
         return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
+
+    async def together(self, steps: Sequence[Step]) -> list[list[Row]]:
+        """Several statements in one packet, in their order; the rows of each, none of a write.
+
+        Raises ChangedUnderfootError if one found another number of rows than it must.
+        """
+        if not steps:
+            return []
+        texts, flat = [], list[Any]()
+        for step in steps:
+            statement = self._statements[step.name]
+            text, arguments = expand(statement.for_rows(step.n_rows) if step.n_rows else statement.head, step.arguments)
+            texts.append(text)
+            flat += arguments
+        answers: list[list[Row]] = []
+        wrong = False
+        async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
+            try:
+                n_rows = await cursor.execute(";\n".join(texts), flat or None)
+                for step in steps:
+                    if answers:
+                        await cursor.nextset()
+                        n_rows = cursor.rowcount
+                    wrong = wrong or step.must_find not in (None, n_rows)
+                    answers.append(list(await cursor.fetchall()) if cursor.description else [])
+            except DRIVER_ERRORS:
+                # What followed from the first surprise is no news.
+                if not wrong:
+                    raise
+            self.n_done += len(steps)
+        if wrong:
+            raise ChangedUnderfootError
+        return answers
 
     async def alter(self, name: str, /, **words: str) -> None:
         """Run a statement whose `:word`s are identifiers or dates, which cannot be parameters. It commits by itself.
@@ -183,10 +204,10 @@ class Database:
             except _StaleError:
                 _RETRIES.labels("stale").inc()
                 continue
-            except MySQLError as error:
-                number = _errno(error)
+            except DRIVER_ERRORS as error:
+                number = errno(error)
                 if number not in RETRIED:
-                    raise self._mapped(error) from error
+                    raise mapped(error) from error
                 _RETRIES.labels(str(number)).inc()
             if attempt < MAX_TRIES:
                 # Linear: the rival needs a few milliseconds, and MAX_TRIES bounds it.
@@ -210,9 +231,6 @@ class Database:
                 self.connected_since = now
             self._server_began = began if self._server_began is None else max(began, self._server_began)
 
-    def _mapped(self, error: MySQLError) -> CulmError | DuplicateKeyError:
-        return _mapped(error)
-
 
 class _Pool:
     """Connections made when needed, at most one per writer number."""
@@ -220,7 +238,7 @@ class _Pool:
     def __init__(self, database: Database, name: Pool, writers: Sequence[int]) -> None:
         self.database = database
         self.name: Pool = name
-        self._free: deque[tuple[int, aiomysql.Connection | None, int]] = deque((writer, None, 0) for writer in writers)
+        self._free: deque[tuple[int, Connection | None, int]] = deque((writer, None, 0) for writer in writers)
         self._slots = asyncio.Semaphore(len(writers))
         self._gauge = _IN_USE.labels(name)
 
@@ -240,7 +258,7 @@ class _Pool:
         try:
             if connection is not None and generation != self.database.generation:
                 connection.close()
-            if connection is None or connection.closed:
+            if connection is None or is_closed(connection):
                 generation, used = self.database.generation, False
                 connection = await self._connect()
             transaction = Transaction(connection, writer, settings.statement_timeout_s)
@@ -259,9 +277,9 @@ class _Pool:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
         except (OSError, EOFError):
             self._lost(transaction, used=used)
-            raise _broken() from None
-        except (CulmError, ChangedUnderfootError, MySQLError) as error:
-            if isinstance(error, MySQLError) and _errno(error) in LOST:
+            raise broken() from None
+        except (CulmError, ChangedUnderfootError, *DRIVER_ERRORS) as error:
+            if isinstance(error, DRIVER_ERRORS) and errno(error) in LOST:
                 self._lost(transaction, used=used)
             keep = await self._rolled_back(connection, error)
             raise
@@ -279,20 +297,23 @@ class _Pool:
             raise _StaleError from None
         self.database.mark(reachable=False)
 
-    async def _rolled_back(self, connection: "aiomysql.Connection | None", error: BaseException) -> bool:
-        if connection is None or (isinstance(error, MySQLError) and _errno(error) in LOST):
+    async def _rolled_back(self, connection: Connection | None, error: BaseException) -> bool:
+        if connection is None or (isinstance(error, DRIVER_ERRORS) and errno(error) in LOST):
             return False
         try:
             async with asyncio.timeout(self.database.settings.statement_timeout_s):
                 await connection.rollback()
-        except (MySQLError, TimeoutError, OSError):
+        except (*DRIVER_ERRORS, TimeoutError, OSError):
             return False
         return True
 
-    async def _connect(self) -> "aiomysql.Connection":
+    async def _connect(self) -> Connection:
         try:
             connection = await connect(
-                self.database.settings, autocommit=self.name in ("read", "user"), limited=self.name == "user"
+                self.database.settings,
+                autocommit=self.name in ("read", "user"),
+                limited=self.name == "user",
+                fast=self.name != "user",
             )
         except CulmError:
             self.database.mark(reachable=False)
@@ -300,7 +321,7 @@ class _Pool:
         try:
             async with asyncio.timeout(self.database.settings.connect_timeout_s), connection.cursor() as cursor:
                 await cursor.execute(_UPTIME)
-                uptime = await cursor.fetchone()
+                [uptime] = await cursor.fetchall()
         except BaseException:
             connection.close()
             raise
@@ -311,96 +332,3 @@ class _Pool:
         for _, connection, _ in self._free:
             if connection is not None:
                 connection.close()
-
-
-async def connect(
-    settings: DatabaseSettings, *, autocommit: bool, database: str | None = None, limited: bool = False
-) -> "aiomysql.Connection":
-    """One connection with our session variables; the server itself ends the slow statements of a `limited` one.
-
-    Raises Unavailable(database_down). Safe to retry: yes.
-    """
-    password = _password(settings)
-    try:
-        async with asyncio.timeout(settings.connect_timeout_s):
-            connection = await aiomysql.connect(
-                unix_socket=settings.socket or None,
-                host=settings.host or "localhost",
-                port=settings.port,
-                user=settings.user,
-                password=password,
-                db=settings.name if database is None else database,
-                charset="utf8mb4",
-                init_command=_SESSION,
-                autocommit=autocommit,
-                # rowcount is the rows found, not only those changed: guards count what they matched.
-                client_flag=2,
-            )
-            try:
-                await connection.query(_ISOLATION)
-                if limited:
-                    await connection.query(_limit(connection.get_server_info(), settings.statement_timeout_s))
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-    except (MySQLError, OSError, TimeoutError) as error:
-        told = str(error) or type(error).__name__
-        raise Unavailable("database_down", f"the partition's database is not reachable: {told}") from None
-
-
-def _limit(server: str, limit_s: float) -> str:
-    """MariaDB takes seconds, MySQL milliseconds, each under a name of its own."""
-    if "MariaDB" in server:
-        return f"SET SESSION max_statement_time = {limit_s:.3f}"
-    return f"SET SESSION max_execution_time = {max(1, int(limit_s * 1000))}"
-
-
-@contextlib.contextmanager
-def translated(*, done: frozenset[int] = frozenset()) -> Iterator[None]:
-    """Driver errors inside become ours, for connections outside of the pools; those in `done` are none.
-
-    Raises Unavailable, Bug, DuplicateKeyError.
-    """
-    try:
-        yield
-    except MySQLError as error:
-        if _errno(error) not in done:
-            raise _mapped(error) from error
-    except (OSError, EOFError):
-        raise _broken() from None
-
-
-def _mapped(error: MySQLError) -> CulmError | DuplicateKeyError:
-    number = _errno(error)
-    if number == DUPLICATE:
-        return DuplicateKeyError()
-    if number in LOST:
-        return Unavailable("database_down", "the partition's database does not answer")
-    if number in SLOW:
-        return Unavailable("database_slow", "the partition's database did not answer in time")
-    if number in FULL:
-        full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
-        full.http_status = 507
-        return full
-    log.error("database error %s", number, exc_info=error)
-    return Bug(f"database error {number}")
-
-
-def _broken() -> Unavailable:
-    return Unavailable("database_down", "the connection to the partition's database broke")
-
-
-def _password(settings: DatabaseSettings) -> str:
-    if not settings.password_file:
-        return ""
-    try:
-        return Path(settings.password_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        told = f"password_file {settings.password_file} cannot be read: {error}"
-        raise Unavailable("database_down", told) from None
-
-
-def _errno(error: BaseException) -> int:
-    number = error.args[0] if error.args else 0
-    return number if isinstance(number, int) else 0

@@ -11,25 +11,26 @@ import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import Counter as Metric
 from prometheus_client import Gauge
 
 from culm.errors import ClientFault, CulmError, Moved, Unavailable
-from culm.matching import Offer
 from culm.settings import ShardSettings
 from culm.wire import GetJobAnswer, ShardGetJob
 from shard.askers import Askers
-from shard.claim import Claimed, Seat, claim, groups_of, identity
+from shard.claim import Claimed, Seat, claim, claim_at_once, enough, groups_of, identity
 from shard.classes import ClassRegistry
-from shard.database import Database, DuplicateKeyError
+from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
+from shard.driver import DuplicateKeyError
 from shard.hints import ClassKey, Hint
 from shard.ownership import Ownership
 from shard.parking import Parking
 from shard.refill import Refill
+from shard.request import Request, Wake
 
 CONTENDED_PAUSE_S = 0.003
 """A rival holds the only candidates: he commits or gives up in about this time."""
@@ -54,47 +55,6 @@ Release = Callable[[str, str], Awaitable[int]]
 
 
 @dataclass(frozen=True)
-class _Wake:
-    """Why a parked request was woken: so many jobs of a class became ready; None is a number not known."""
-
-    key: ClassKey
-    n_jobs: int | None
-
-
-@dataclass(eq=False)
-class _Request:
-    call: ShardGetJob
-    arrived: int
-    answer: asyncio.Future[GetJobAnswer]
-    deadline: float
-    """Loop time until which it may wait."""
-    n_clients: int = 0
-    """Who waits for the answer; a repeat of a request under way joins it."""
-    looked_at: dict[ClassKey, int] = field(default_factory=dict)
-    """The classes that fitted at the last look, each with its number of announcements."""
-    woken: _Wake | None = None
-    """What it was woken for; what it does not take of that is passed on to the next that waits."""
-    n_collisions: int = 0
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        return tuple(ref.slot for ref in self.call.slots)
-
-    @property
-    def offer(self) -> Offer:
-        return self.call.offer
-
-    @property
-    def n_jobs(self) -> int:
-        return self.call.n_jobs
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return identity(self.call)
-
-
-@dataclass(frozen=True)
 class DispatchParts:
     """What the dispatcher works with."""
 
@@ -113,11 +73,11 @@ class Dispatcher:
         self._parts = parts
         self._settings = settings
         self._release = release
-        self._pending: deque[_Request] = deque()
+        self._pending: deque[Request] = deque()
         self._arrived = asyncio.Event()
         self._numbers = itertools.count()
-        self._requests: dict[tuple[str, str], _Request] = {}
-        self._parking: Parking[_Request] = Parking()
+        self._requests: dict[tuple[str, str], Request] = {}
+        self._parking: Parking[Request] = Parking()
         self._workers: list[asyncio.Task[None]] = []
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._returning: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -155,32 +115,42 @@ class Dispatcher:
 
         Safe to retry: yes, by the request id. When the caller is cancelled its jobs go back.
         """
+        future = self.begin(call)
+        if future is None:
+            await self._parts.ownership.require(call.slots)
+            key = identity(call)
+            while key in self._returning:
+                # Its first try is being given back: to find the leases of that one now would be to lose them at once.
+                await asyncio.wait([self._returning[key]])
+            future = self._join(call, key)
+        return await future
+
+    def begin(self, call: ShardGetJob) -> "asyncio.Future[GetJobAnswer] | None":
+        """The same without a wait of its own, for a request that has nothing to wait for first; else None.
+
+        Who cancels the future is gone: the jobs go back. Raises as `get_job`.
+        """
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
-        await self._parts.ownership.require(call.slots)
-        self._parts.askers.asked(call.offer, call.pilot)
         key = identity(call)
-        if key in self._returning:
-            # Its first try is being given back: to find the leases of that one now would be to lose them at once.
-            await asyncio.wait([self._returning[key]])
+        if key in self._returning or not self._parts.ownership.holds(call.slots):
+            return None
+        return self._join(call, key)
+
+    def _join(self, call: ShardGetJob, key: tuple[str, str]) -> "asyncio.Future[GetJobAnswer]":
+        self._parts.askers.asked(call.offer, call.pilot)
+        loop = asyncio.get_running_loop()
         request = self._requests.get(key)
         if request is None:
             if len(self._pending) >= self._settings.dispatch.max_pending:
                 raise Unavailable("overloaded", "too many get_job requests are waiting")
-            loop = asyncio.get_running_loop()
-            request = _Request(call, next(self._numbers), loop.create_future(), loop.time() + call.wait_s)
-            self._requests[request.key] = request
+            slots = tuple([ref.slot for ref in call.slots])
+            request = Request(call, next(self._numbers), key, slots, loop.time() + call.wait_s)
+            self._requests[key] = request
             self._enqueue(request)
         elif request.offer.queue != call.offer.queue:
             raise ClientFault("request_id_reused", "this request id is in use for another computing queue")
-        request.n_clients += 1
-        try:
-            return await asyncio.shield(request.answer)
-        except asyncio.CancelledError:
-            request.n_clients -= 1
-            if request.n_clients == 0:
-                self._abandon(request)
-            raise
+        return request.join(self._abandon)
 
     async def announce(self, hints: Sequence[Hint]) -> None:
         """Jobs became ready, and that is committed: tell Redis, then wake as many parked requests."""
@@ -201,17 +171,18 @@ class Dispatcher:
         finally:
             # Also when the caller is cancelled here: the jobs are ready all the same.
             for key, n_jobs in counts.items():
-                self._wake(_Wake(key, n_jobs))
+                self._wake(Wake(key, n_jobs))
 
     def look_again(self) -> None:
         """Nobody may wait whom an active class fits: he looked in vain, so an announcement was lost since."""
         for slot, offer in self._parking.offers():
             for key in self._parts.classes.fitting([slot], offer)[:1]:
-                self._wake(_Wake(key, None))
+                self._wake(Wake(key, None))
 
     async def withdraw(self, hints: Sequence[Hint]) -> None:
         """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
         if hints:
+            self._parts.refill.shelf.drop(hint.id for hint in hints)
             await self._remove_quietly(hints)
 
     def hand_back(self, subject: str, request_id: str) -> None:
@@ -230,8 +201,8 @@ class Dispatcher:
             if batch:
                 await self._serve(batch)
 
-    def _next_batch(self) -> list[_Request]:
-        batch: list[_Request] = []
+    def _next_batch(self) -> list[Request]:
+        batch: list[Request] = []
         n_jobs = 0
         while self._pending and (not batch or n_jobs + self._pending[0].n_jobs <= self._settings.dispatch.max_batch):
             request = self._pending.popleft()
@@ -245,10 +216,11 @@ class Dispatcher:
         _PENDING.set(len(self._pending))
         return batch
 
-    async def _serve(self, batch: list[_Request]) -> None:
+    async def _serve(self, batch: list[Request]) -> None:
         """Claim for a batch. A failure is answered to each of it; it never ends the worker."""
         parts = self._parts
         hints: list[list[Hint]] = []
+        in_flight: set[int] = set()
         try:
             seats = self._seats(batch)
             announced: dict[ClassKey, int] = {}
@@ -259,8 +231,10 @@ class Dispatcher:
                     if seat.keys == keys:
                         request.looked_at = looked_at
             hints = await self._take_hints(seats)
-            timeouts, broken = self._settings.timeouts, frozenset(self._broken)
-            claimed = await parts.database.run("claim", lambda tx: claim(tx, seats, hints, timeouts, broken))
+            in_flight = {hint.id for some in hints for hint in some}
+            parts.refill.in_flight |= in_flight
+            at_once = enough(seats, hints) and not any(request.n_collisions for request in batch)
+            claimed = await parts.database.run("claim", self._claim(seats, hints, at_once=at_once))
             self._settle(batch, claimed, announced)
         except Moved as moved:
             await self._push_quietly([hint for some in hints for hint in some])
@@ -282,8 +256,25 @@ class Dispatcher:
             self._put_back([hint for some in hints for hint in some])
             for request in batch:
                 self._fail(request, Unavailable("claim_failed", f"the claim failed: {type(error).__name__}"))
+        finally:
+            parts.refill.in_flight -= in_flight
 
-    def _seats(self, batch: list[_Request]) -> list[Seat]:
+    def _claim(
+        self, seats: list[Seat], hints: list[list[Hint]], *, at_once: bool
+    ) -> Callable[[Transaction], Awaitable[Claimed]]:
+        """The claim's transaction; at once the first time if it may, with a look at everything when it runs again."""
+        timeouts, broken = self._settings.timeouts, frozenset(self._broken)
+        shelf = self._parts.refill.shelf
+        tries = itertools.count()
+
+        async def work(tx: Transaction) -> Claimed:
+            if at_once and next(tries) == 0:
+                return await claim_at_once(tx, seats, hints, timeouts, shelf)
+            return await claim(tx, seats, hints, timeouts, broken)
+
+        return work
+
+    def _seats(self, batch: list[Request]) -> list[Seat]:
         """The seats of a batch; what would make it too wide is taken out of it, and is the next one's."""
         seats: list[Seat] = []
         seen: set[tuple[ClassKey, ...]] = set()
@@ -315,7 +306,7 @@ class Dispatcher:
         except QueueLostError:
             parts.refill.lost()
             return hints
-        parts.refill.mark(taken.low)
+        parts.refill.low(taken.low)
         if parts.refill.n_begun != n_begun:
             # A refill has emptied a class meanwhile: what was taken may not be the best. InnoDB knows.
             parts.refill.mark(key for number in asked for key in groups[number][0])
@@ -324,7 +315,7 @@ class Dispatcher:
             hints[number] = some
         return hints
 
-    def _settle(self, batch: list[_Request], claimed: Claimed, announced: dict[ClassKey, int]) -> None:
+    def _settle(self, batch: list[Request], claimed: Claimed, announced: dict[ClassKey, int]) -> None:
         _BATCHES.inc()
         for key in claimed.empty:
             self._parts.classes.seen_empty(key, announced[key])
@@ -335,6 +326,8 @@ class Dispatcher:
             if len(self._broken) < MAX_BROKEN:
                 self._broken |= claimed.broken
         if claimed.from_database:
+            self._parts.refill.taken(hint.id for hint in claimed.from_database)
+            self._parts.refill.shelf.drop(hint.id for hint in claimed.from_database)
             self._aside(self._remove_quietly(claimed.from_database))
         for request, seat in zip(batch, claimed.seats, strict=True):
             if seat.refusal is not None:
@@ -352,14 +345,14 @@ class Dispatcher:
                 request.woken = None
                 self._park(request)
 
-    def _again_soon(self, request: _Request) -> None:
+    def _again_soon(self, request: Request) -> None:
         loop = asyncio.get_running_loop()
         if loop.time() > request.deadline + PATIENCE_S:
             self._fail(request, Unavailable("contended", "others hold the jobs that fit", retry_after_s=0.5))
         else:
             loop.call_later(CONTENDED_PAUSE_S, self._enqueue, request)
 
-    def _collided(self, batch: list[_Request]) -> None:
+    def _collided(self, batch: list[Request]) -> None:
         for request in batch:
             request.n_collisions += 1
             if request.n_collisions < MAX_COLLISIONS:
@@ -368,9 +361,9 @@ class Dispatcher:
                 log.error("request %s of %s collides in every claim", request.call.request_id, request.call.subject)
                 self._fail(request, Unavailable("contended", "the claim met another one every time"))
 
-    def _park(self, request: _Request) -> None:
+    def _park(self, request: Request) -> None:
         now = asyncio.get_running_loop().time()
-        if request.answer.done():
+        if request.done:
             return
         if self._announced_since(request) and now < request.deadline + PATIENCE_S:
             # A job was announced after the look that found none: an empty answer might not be true any more.
@@ -386,22 +379,22 @@ class Dispatcher:
                 self._abandon(request)
             _PARKED.set(len(self._parking))
 
-    def _announced_since(self, request: _Request) -> bool:
+    def _announced_since(self, request: Request) -> bool:
         classes = self._parts.classes
         fitting = classes.fitting(request.slots, request.offer)
         return any(classes.announced(key) != request.looked_at.get(key) for key in fitting)
 
-    def _wake(self, wake: _Wake) -> None:
+    def _wake(self, wake: Wake) -> None:
         """Wake as many parked requests as want these jobs; one where their number is not known."""
         n_left = 1 if wake.n_jobs is None else wake.n_jobs
         for request in self._parking.wake(wake.key.slot, n_left, partial(self._parts.classes.fits, wake.key)):
             share = None if wake.n_jobs is None else min(n_left, request.n_jobs)
             n_left -= request.n_jobs
-            request.woken = _Wake(wake.key, share)
+            request.woken = Wake(wake.key, share)
             self._enqueue(request)
         _PARKED.set(len(self._parking))
 
-    def _wait_is_over(self, request: _Request) -> None:
+    def _wait_is_over(self, request: Request) -> None:
         if self._parking.leave(request):
             _PARKED.set(len(self._parking))
             if self._parts.classes.fitting(request.slots, request.offer):
@@ -412,31 +405,27 @@ class Dispatcher:
 
     # --- the ends of a request
 
-    def _answer(self, request: _Request, answer: GetJobAnswer) -> None:
+    def _answer(self, request: Request, answer: GetJobAnswer) -> None:
         self._forget(request)
-        if not request.answer.done():
-            request.answer.set_result(answer)
+        request.give(answer)
         if answer.jobs and request.n_clients == 0:
             self.hand_back(*request.key)
         if request.woken is not None:
             wake, request.woken = request.woken, None
             self._wake(wake)
 
-    def _fail(self, request: _Request, error: CulmError) -> None:
+    def _fail(self, request: Request, error: CulmError) -> None:
         self._forget(request)
-        if not request.answer.done():
-            request.answer.set_exception(error)
-            # Nobody may be left to look at it, which is no fault.
-            request.answer.exception()
+        request.refuse(error)
 
-    def _abandon(self, request: _Request) -> None:
+    def _abandon(self, request: Request) -> None:
         """The last client is gone: out of the parking, or the answer goes back when it comes."""
         if self._parking.leave(request):
             self._answer(request, GetJobAnswer())
-        elif request.answer.done() and request.answer.exception() is None and request.answer.result().jobs:
+        elif request.answer is not None and request.answer.jobs:
             self.hand_back(*request.key)
 
-    def _refuse_moved(self, batch: list[_Request], moved: Moved) -> None:
+    def _refuse_moved(self, batch: list[Request], moved: Moved) -> None:
         """Refuse those that believe in another epoch; the others of the batch go on."""
         slot, epoch = moved.details["slot"], moved.details["epoch"]
         for request in batch:
@@ -445,13 +434,13 @@ class Dispatcher:
             else:
                 self._enqueue(request)
 
-    def _forget(self, request: _Request) -> None:
+    def _forget(self, request: Request) -> None:
         if request.timer is not None:
             request.timer.cancel()
         if self._requests.get(request.key) is request:
             del self._requests[request.key]
 
-    def _enqueue(self, request: _Request) -> None:
+    def _enqueue(self, request: Request) -> None:
         if self._stopping:
             self._fail(request, Unavailable("stopping", "the shard is stopping"))
             return
@@ -492,9 +481,9 @@ class Dispatcher:
             log.warning("could not give back request %s: %s", request_id, error)
 
 
-def _left_over(wake: _Wake | None, taken: Sequence[ClassKey]) -> _Wake | None:
+def _left_over(wake: Wake | None, taken: Sequence[ClassKey]) -> Wake | None:
     """What is to be passed on of a wake-up after its request took these."""
     if wake is None or wake.n_jobs is None:
         return wake
     n_left = wake.n_jobs - taken.count(wake.key)
-    return _Wake(wake.key, n_left) if n_left > 0 else None
+    return Wake(wake.key, n_left) if n_left > 0 else None

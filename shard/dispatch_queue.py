@@ -22,6 +22,8 @@ from culm.clock import Clock, SystemClock
 from culm.settings import DispatchSettings
 from shard.hints import ClassKey, Hint
 
+LOW_PART: Final = 4
+"""A class is low when less than this part of the cap is left of it: there must be enough while more is fetched."""
 _ID_DIGITS: Final = 16
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
@@ -91,7 +93,7 @@ class DispatchQueue:
 
     async def take(self, wanted: Sequence[Wanted]) -> Taken:
         """Take the best hints of each group out of the queue. Raises QueueLostError; what was taken then is lost."""
-        arguments: list[Any] = []
+        arguments: list[Any] = [self.settings.cap // LOW_PART]
         for group in wanted:
             arguments += (group.n_jobs, len(group.keys), *map(_class, group.keys))
         answer = await self._call("take", arguments)
@@ -108,6 +110,24 @@ class DispatchQueue:
         for hint in best:
             arguments += (hint.ranking, _member(hint.id))
         await self._call("close_refill", arguments)
+
+    async def open_top_up(self, key: ClassKey) -> Hint | None:
+        """Begin to add what comes next; the worst hint that is surely here, below which InnoDB is to be read.
+
+        None where everything is here. Until `close_top_up` every push is kept. Raises QueueLostError.
+        """
+        answer = await self._call("open_top_up", [_class(key)])
+        return None if len(answer) == 1 else Hint(int(answer[1]), int(answer[2]), key)
+
+    async def close_top_up(self, floor: Hint, following: Sequence[Hint], *, more: bool) -> bool:
+        """End it with what InnoDB has below `floor`; `more` if it holds further ones. Raises QueueLostError.
+
+        False if the floor is another one by now, and nothing was added.
+        """
+        arguments: list[Any] = [_class(floor.key), self.settings.cap, int(more), floor.ranking, _member(floor.id)]
+        for hint in following:
+            arguments += (hint.ranking, _member(hint.id))
+        return bool((await self._call("close_top_up", arguments))[0] == 0)
 
     async def remove(self, hints: Iterable[Hint]) -> None:
         """Forget hints of jobs that are not ready any more. Raises QueueLostError. Safe to retry: yes."""

@@ -21,10 +21,12 @@ from culm.settings import DispatchSettings
 from culm.states import Event, State, next_state
 from culm.wire import MAX_PARENT_DEPTH, Happening, JobSpec, Principal, ShardSubmit, ShardSubmitAnswer, SlotJobs
 from shard.classes import ClassRegistry
-from shard.database import Database, DuplicateKeyError, Transaction
+from shard.database import Database, Row, Transaction, for_rows
+from shard.driver import DuplicateKeyError
 from shard.hints import ClassKey, Hint
 from shard.id_blocks import IdBlocks
 from shard.ownership import Ownership
+from shard.shelf import Shelf
 from shard.transitions import add_to_tallies, lock_slots
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -36,6 +38,8 @@ _ROWS_PER_STATEMENT: Final = 500
 class _NewJob:
     id: int
     spec: JobSpec
+    body: bytes
+    """The spec as it is stored."""
     needs: Requirements
     class_id: int
     event: Event
@@ -61,12 +65,15 @@ class Intake:
         classes: ClassRegistry,
         ownership: Ownership,
         settings: DispatchSettings,
+        *,
+        shelf: Shelf,
         announce: Callable[[Sequence[Hint]], Awaitable[None]],
     ) -> None:
         self._database = database
         self._classes = classes
         self._ownership = ownership
         self._settings = settings
+        self._shelf = shelf
         self._announce = announce
         self._ids = IdBlocks(database)
 
@@ -109,6 +116,7 @@ class Intake:
         for job in jobs:
             if not self._classes.knows(job.key):
                 self._classes.learn(*job.key, _ENCODER.encode(job.needs), call.principal.account)
+        self._shelf.put_if_room([_on_shelf(call, job) for job in jobs if job.ready])
         await self._announce([Hint(-job.priority, job.id, job.key) for job in jobs if job.ready])
         return {part.at.slot: first_id for part, first_id in numbered}
 
@@ -183,7 +191,8 @@ def _new_job(principal: Principal, part: SlotJobs, index: int, given: tuple[int,
         # A user's own may order his jobs among each other, and only below what the formula gives him.
         priority = spec.priority if access.is_production(principal) else min(spec.priority, priority)
     depth = 0 if spec.parent_id is None else depths[spec.parent_id]
-    return _NewJob(identifier, spec, needs, needs.class_id(), event, next_state(None, event), priority, depth)
+    state = next_state(None, event)
+    return _NewJob(identifier, spec, _ENCODER.encode(spec), needs, needs.class_id(), event, state, priority, depth)
 
 
 def _needs(principal: Principal, spec: JobSpec) -> Requirements:
@@ -209,24 +218,34 @@ async def _insert_jobs(tx: Transaction, call: ShardSubmit, slot: int, jobs: Sequ
     who = call.principal
     for start in range(0, len(jobs), _ROWS_PER_STATEMENT):
         some = jobs[start : start + _ROWS_PER_STATEMENT]
-        await tx.execute_rows("insert_specs", [(job.id, _ENCODER.encode(job.spec)) for job in some])
-        await tx.execute_rows(
-            "insert_jobs",
+        rows = [
+            (
+                *(job.id, slot, job.class_id, job.state, job.spec.max_attempts, job.priority, call.jobset),
+                *(job.spec.parent_id, job.depth, who.account, who.vo, job.spec.working_group, job.spec.label),
+                *(job.spec.name, job.spec.queue),
+            )
+            for job in some
+        ]
+        ready = [(job.id, slot, job.class_id, -job.priority) for job in some if job.ready]
+        await tx.together(
             [
-                (
-                    *(job.id, slot, job.class_id, job.state, job.spec.max_attempts, job.priority, call.jobset),
-                    *(job.spec.parent_id, job.depth, who.account, who.vo, job.spec.working_group, job.spec.label),
-                    *(job.spec.name, job.spec.queue),
-                )
-                for job in some
-            ],
+                for_rows("insert_specs", [(job.id, job.body) for job in some]),
+                for_rows("insert_jobs", rows),
+                for_rows(
+                    "insert_events", [(job.id, 1, job.event, None, job.state, 0, who.account, "") for job in some]
+                ),
+                *([for_rows("insert_ready", ready)] if ready else []),
+            ]
         )
-        await tx.execute_rows(
-            "insert_events", [(job.id, 1, job.event, None, job.state, 0, who.account, "") for job in some]
-        )
-        await tx.execute_rows(
-            "insert_ready", [(job.id, slot, job.class_id, -job.priority) for job in some if job.ready]
-        )
+
+
+def _on_shelf(call: ShardSubmit, job: _NewJob) -> Row:
+    """The job as `read_claimed` would read it."""
+    who = call.principal
+    return (
+        *(job.id, slot_of(job.id), job.class_id, job.state, 1, 0, 0, job.spec.max_attempts, job.priority),
+        *(who.account, 0, job.spec.queue, "", "", call.jobset, who.vo, job.body),
+    )
 
 
 def _child_depths(call: ShardSubmit) -> dict[int, int]:

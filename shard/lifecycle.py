@@ -50,13 +50,13 @@ DATA_EVENTS: Final = frozenset(
     }
 )
 """What the data side may say; it ends only jobs that no worker runs."""
-_AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
-_DATA_MAY_END: Final = UNREADY | _AFTER_WORKER
+AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
+_DATA_MAY_END: Final = UNREADY | AFTER_WORKER
 _IDS_PER_TRANSACTION: Final = 200
 GIVEN_BACK: Final = 1
 """Our own code: PanDA has none for it."""
 _CANCELLED: Final[CancelOutcome] = "cancelled"
-_ENCODER: Final = msgspec.msgpack.Encoder()
+ENCODER: Final = msgspec.msgpack.Encoder()
 
 
 class _OfJob(TypedDict):
@@ -181,7 +181,7 @@ class Lifecycle:
         event = PILOT_EVENTS[request.state or State.SENT]
         if event is Event.RELEASE and job.cancel_requested:
             event = Event.CANCEL
-        if request.state == job.state and job.state in _AFTER_WORKER:
+        if request.state == job.state and job.state in AFTER_WORKER:
             return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state), []
         return await self._make_reported(tx, call, job, (event, lease))
 
@@ -205,21 +205,24 @@ class Lifecycle:
     ) -> tuple[ReportAnswer, list[Hint]]:
         """Make the transition, keep the report if it ends the attempt, else renew the lease."""
         event, lease = what
+        change, request = self.reported(call, job, event)
+        state = change.target
+        hints = await apply(tx, [change])
+        if state not in LEASED and lease is not None:
+            await tx.execute("insert_report", job.id, job.attempt, lease.token, state, ENCODER.encode(request))
+        elif lease is not None:
+            await tx.execute("extend_lease", self.lease_s(state, lease), job.id)
+        return ReportAnswer(id=job.id, attempt=job.attempt, state=state), hints
+
+    def reported(self, call: ShardReport, job: Job, event: Event) -> tuple[Change, ReportRequest]:
+        """The transition that a report makes, and what is kept of it. Raises Conflict(bad_transition)."""
         request, actor = call.request, call.principal.account
         detail = request.error.text if request.error else ""
         if event is Event.RELEASE:
             change = lost(job, actor, request.error) if request.error else self._given_back(job, actor, detail)
             # A job may be given back often: its story is in the events.
-            request = msgspec.structs.replace(request, stdout_tail="", stderr_tail="")
-        else:
-            change = Change(job=job, event=event, actor=actor, detail=detail, error=request.error)
-        state = next_state(job.state, change.event)
-        hints = await apply(tx, [change])
-        if state not in LEASED and lease is not None:
-            await tx.execute("insert_report", job.id, job.attempt, lease.token, state, _ENCODER.encode(request))
-        elif lease is not None:
-            await tx.execute("extend_lease", self.lease_s(state, lease), job.id)
-        return ReportAnswer(id=job.id, attempt=job.attempt, state=state), hints
+            return change, msgspec.structs.replace(request, stdout_tail="", stderr_tail="")
+        return Change(job=job, event=event, actor=actor, detail=detail, error=request.error), request
 
     async def _cancel_ids(self, principal: Principal, ids: Sequence[int]) -> list[CancelledJob]:
         ended: list[CancelledJob] = []
@@ -297,6 +300,13 @@ def _leased_to(locked: Locked, principal: Principal, identifier: int, held: tupl
     if lease is None or (lease.attempt, lease.token) != held:
         raise _lease_lost(job, held[0])
     return job, lease
+
+
+def holds(job: Job, lease: Lease, call: ShardHeartbeat | ShardReport) -> bool:
+    """Whether this pilot's attempt and token are the lease's, and the computing queue one of his."""
+    return (lease.attempt, lease.token) == (call.request.attempt, call.request.lease_token) and access.allows_queue(
+        call.principal, job.queue, authority_of_slot(job.slot)
+    )
 
 
 async def _is_repeat(tx: Transaction, job: Job, event: Event) -> bool:
@@ -401,7 +411,7 @@ def _cancel_outcome(principal: Principal, job: Job | None) -> CancelOutcome:
     if job.state in FINAL:
         return "already_final"
     # Where a worker runs it, the pilot is told at its next heartbeat; else nobody needs to be asked.
-    return "requested" if job.state in LEASED - _AFTER_WORKER else "cancelled"
+    return "requested" if job.state in LEASED - AFTER_WORKER else "cancelled"
 
 
 def _of(job: Job) -> _OfJob:

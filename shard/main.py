@@ -28,6 +28,8 @@ from shard.pile_ups import PileUps
 from shard.reaper import Reaper
 from shard.refill import Refill
 from shard.samples import Samples
+from shard.shelf import Shelf
+from shard.signs import Signs
 from shard.verbs import UseCases, Verbs
 from shard.why import Why
 
@@ -59,13 +61,17 @@ class Shard:
         self.classes = ClassRegistry()
         self.queue = DispatchQueue(settings.name, settings.redis, settings.dispatch)
         self.ownership = Ownership(settings.name, self.database, self._fresh_topology)
-        self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch)
+        shelf = Shelf(settings.dispatch.shelf_mb << 20)
+        self.refill = Refill(self.database, self.queue, self.classes, settings.dispatch, shelf)
         notices = Notices(self._announce, self._withdraw)
         self.lifecycle = Lifecycle(self.database, self.ownership, settings.timeouts, notices)
+        self.signs = Signs(self.database, self.ownership, self.lifecycle, notices)
         self.askers = Askers(self.database)
         parts = DispatchParts(self.database, self.queue, self.classes, self.ownership, self.refill, self.askers)
         self.dispatcher = Dispatcher(parts, settings, self.lifecycle.release_request)
-        self.intake = Intake(self.database, self.classes, self.ownership, settings.dispatch, self._announce)
+        self.intake = Intake(
+            self.database, self.classes, self.ownership, settings.dispatch, shelf=shelf, announce=self._announce
+        )
         self.reaper = Reaper(self.database, self.ownership, settings.timeouts, notices)
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
@@ -78,6 +84,7 @@ class Shard:
             self.intake,
             self.dispatcher,
             self.lifecycle,
+            self.signs,
             why,
             self.happenings,
             self.archive,
@@ -85,7 +92,7 @@ class Shard:
             PileUps(self.database, self.samples, why),
         )
         self.verbs = Verbs(cases)
-        self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered)
+        self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered, self.verbs.begin)
         self._loops = service.Loops()
         self._started = False
 
@@ -96,12 +103,14 @@ class Shard:
             if await self._begin(stop):
                 self._start_loops()
                 self.dispatcher.start()
+                self.signs.start()
                 await self.link.start(settings.link, settings.link_tls)
                 self._started = True
                 log.info("shard %s serves %d slots", settings.name, len(self.ownership.open))
                 await stop.wait()
                 log.info("stopping")
                 await self.dispatcher.stop()
+                await self.signs.stop()
                 await self.link.stop(settings.stop_s)
             await self._loops.stop()
             await self.queue.close()

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from culm.errors import Bug, Unavailable
 from culm.settings import DatabaseSettings
-from shard.database import EXISTS, connect, translated
+from shard.driver import EXISTS, connect, translated
 from shard.statements import STATEMENTS
 
 LOCK_TIMEOUT_S: Final = 30

@@ -39,6 +39,10 @@ class Ownership:
             if fresh:
                 log.info("opened slots %s", [ref.slot for ref in fresh])
 
+    def holds(self, slots: Sequence[SlotRef]) -> bool:
+        """Whether all of these are open here, as far as is known; if not, `require` finds out more."""
+        return all(self.open.get(ref.slot) == ref.epoch for ref in slots)
+
     async def require(self, slots: list[SlotRef]) -> None:
         """Refuse early what is not open here, after a look at the topology for a slot never heard of. Raises Moved."""
         if any(ref.slot not in self._known for ref in slots):

@@ -30,7 +30,7 @@ from culm.wire import (
     ShardJobs,
     SlotCount,
 )
-from shard.archive import find_archived
+from shard.archive import ArchivedJob, find_archived
 from shard.database import Database, Row
 
 _SPEC: Final = msgspec.msgpack.Decoder(JobSpec)
@@ -77,6 +77,11 @@ async def _read_archived(database: Database, topology: Topology, call: ShardJob)
     one = found[call.id]
     _require_readable(call, one.row)
     return _view(topology, one.row, one.spec, (one.events[-MAX_EVENTS:], one.reports[-MAX_REPORTS:]), len(one.reports))
+
+
+def exported(topology: Topology, jobs: Sequence[ArchivedJob]) -> list[JobView]:
+    """Archived jobs with all that belongs to each."""
+    return [_view(topology, one.row, one.spec, (one.events, one.reports), len(one.reports)) for one in jobs]
 
 
 def _require_readable(call: ShardJob, row: Sequence[Any]) -> None:

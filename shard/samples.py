@@ -10,7 +10,8 @@ from prometheus_client import Counter as Metric
 
 from culm.states import State
 from culm.wire import ShardPileUps
-from shard.database import Database, DuplicateKeyError, Transaction
+from shard.database import Database, Transaction
+from shard.driver import DuplicateKeyError
 from shard.growth import Level, Window
 
 HOUR_S: Final = 3600

@@ -54,19 +54,21 @@ def flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def expand(sql: str, arguments: Sequence[Any]) -> tuple[str, list[Any]]:
-    """The text and arguments with every tuple spread: `IN %s` becomes `IN (%s, %s)`; drivers do not agree on tuples.
+    """The text and arguments with every tuple and list spread; drivers do not agree on them.
 
-    An empty tuple becomes (NULL), which nothing equals. Raises ValueError if text and arguments do not fit.
+    `IN %s` becomes `IN (%s, %s)` with a tuple, `FIELD(id, %s)` becomes `FIELD(id, %s, %s)` with a list. An empty tuple
+    becomes (NULL), which nothing equals. Raises ValueError if text and arguments do not fit.
     """
-    if not any(isinstance(argument, tuple) for argument in arguments):
+    if not any(isinstance(argument, (tuple, list)) for argument in arguments):
         return sql, list(arguments)
     pieces = sql.split("%s")
     if len(pieces) != len(arguments) + 1:
         raise ValueError(f"{len(arguments)} arguments for {len(pieces) - 1} places")
     text, flat = [pieces[0]], list[Any]()
     for argument, piece in zip(arguments, pieces[1:], strict=True):
-        if isinstance(argument, tuple):
-            text.append("(" + (", ".join(["%s"] * len(argument)) or "NULL") + ")")
+        if isinstance(argument, (tuple, list)):
+            places = ", ".join(["%s"] * len(argument)) or "NULL"
+            text.append(f"({places})" if isinstance(argument, tuple) else places)
             flat += argument
         else:
             text.append("%s")

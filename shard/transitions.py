@@ -8,13 +8,13 @@ The caller holds the locks, in the order slot (shared), ready, lease, job: see `
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from culm.errors import Moved
 from culm.states import FINAL, LEASED, TRANSITIONS, Event, State, next_state
 from culm.wire import Happening, JobError, SlotRef
-from shard.database import ChangedUnderfootError, Row, Transaction
+from shard.database import ChangedUnderfootError, Row, Step, Transaction, for_rows
 from shard.hints import ClassKey, Hint
 
 MAX_DETAIL_CHARS: Final = 255
@@ -85,6 +85,11 @@ class Change:
     pilot: str | None = None
     host: str | None = None
     error: JobError | None = None
+    target: State = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises Conflict(bad_transition)."""
+        object.__setattr__(self, "target", next_state(self.job.state, self.event))
 
 
 def lost(job: Job, actor: str, error: JobError) -> Change:
@@ -97,7 +102,12 @@ def lost(job: Job, actor: str, error: JobError) -> Change:
 async def lock_slots(tx: Transaction, slots: Iterable[SlotRef]) -> None:
     """The ownership check (invariant I8): share-locks the slots. Raises Moved where one is not open at that epoch."""
     wanted = set(slots)
-    opened = {row[0]: row[1] for row in await tx.fetch("lock_open_slots", tuple({ref.slot for ref in wanted}))}
+    require_open(wanted, await tx.fetch("lock_open_slots", tuple({ref.slot for ref in wanted})))
+
+
+def require_open(wanted: Iterable[SlotRef], rows: Sequence[Row]) -> None:
+    """What `lock_open_slots` found must be what was wanted. Raises Moved."""
+    opened = {row[0]: row[1] for row in rows}
     for ref in wanted:
         if opened.get(ref.slot) != ref.epoch:
             raise Moved(ref.slot, opened.get(ref.slot, 0))
@@ -131,36 +141,62 @@ def job_of(row: Row) -> Job:
 async def apply(tx: Transaction, changes: Sequence[Change]) -> list[Hint]:
     """Make the transitions; the hints of what became ready, to be announced after the commit.
 
-    Leases are inserted by the claim itself, which alone knows their terms.
-
-    Raises:
-        Conflict: bad_transition.
-        ChangedUnderfootError: a row was not as the caller read it.
+    Raises ChangedUnderfootError where a row was not as the caller read it.
     """
     if not changes:
         return []
-    targets = [next_state(change.job.state, change.event) for change in changes]
-    rows = [_row(change, target) for change, target in zip(changes, targets, strict=True)]
-    # The UPDATE finds a row only in its old version and changes `modified_at`: found is changed.
-    if await tx.execute_rows("change_jobs", rows) != len(rows):
-        raise ChangedUnderfootError
-    await tx.execute_rows("insert_events", [_event(c, t) for c, t in zip(changes, targets, strict=True)])
-    await _keep_narrow_tables(tx, changes, targets)
+    steps = writes(changes, tx.writer)
+    await tx.together(steps)
+    tx.happened += happenings(changes)
+    return [change.job.hint for change in changes if change.target is State.ACTIVATED]
+
+
+def writes(changes: Sequence[Change], writer: int, leases: Sequence[tuple[object, ...]] = ()) -> list[Step]:
+    """What makes these transitions, in the sequence of the lock order.
+
+    Each step is guarded by what it must find: a job that is not as `changes` believe makes `together` raise
+    ChangedUnderfootError.
+
+    Args:
+        changes: at least one.
+        writer: of the transaction.
+        leases: rows of `insert_leases`: those of a claim, which alone knows their terms.
+    """
+    granted = _steps(("insert_leases", leases))
+    return [*_narrow(changes), *granted, *_change(changes), _events(changes), *_counts(changes, writer)]
+
+
+def happenings(changes: Sequence[Change]) -> list[Happening]:
+    """What those who follow live are told of them."""
+    return [_happening(change) for change in changes]
+
+
+async def add_to_tallies(tx: Transaction, tally: Counter[Counted], owners: Counter[str]) -> None:
+    """Keep the counts, in this connection's own rows."""
+    await tx.together(_tallies(tally, owners, tx.writer))
+
+
+def _tallies(tally: Counter[Counted], owners: Counter[str], writer: int) -> list[Step]:
+    # Sorted, so that the rows are always locked in one order.
+    of_states = [(*key, writer, n) for key, n in sorted(tally.items()) if n]
+    of_owners = [(owner, writer, n) for owner, n in sorted(owners.items()) if n]
+    return _steps(("add_to_tally", of_states), ("add_to_owner_tally", of_owners))
+
+
+def _counts(changes: Sequence[Change], writer: int) -> list[Step]:
     tally: Counter[Counted] = Counter()
     owners: Counter[str] = Counter()
-    for change, target in zip(changes, targets, strict=True):
+    for change in changes:
         job = change.job
         tally[job.slot, job.state, job.vo] -= 1
-        tally[job.slot, target, job.vo] += 1
-        if target in FINAL:
+        tally[job.slot, change.target, job.vo] += 1
+        if change.target in FINAL:
             owners[job.owner] -= 1
-    await add_to_tallies(tx, tally, owners)
-    tx.happened += [_happening(change, target) for change, target in zip(changes, targets, strict=True)]
-    await _count_errors(tx, [change for change, target in zip(changes, targets, strict=True) if target is State.FAILED])
-    return [c.job.hint for c, target in zip(changes, targets, strict=True) if target is State.ACTIVATED]
+    failed = [change for change in changes if change.target is State.FAILED]
+    return _tallies(tally, owners, writer) + _errors(failed, writer)
 
 
-async def _count_errors(tx: Transaction, failed: Sequence[Change]) -> None:
+def _errors(failed: Sequence[Change], writer: int) -> list[Step]:
     """By code and hour; a job that failed without a word counts as what it is, plane ''."""
     errors: Counter[tuple[int, str, int, str]] = Counter()
     examples: dict[tuple[int, str, int, str], int] = {}
@@ -169,33 +205,71 @@ async def _count_errors(tx: Transaction, failed: Sequence[Change]) -> None:
         key = (change.job.slot, plane, code, change.job.vo)
         errors[key] += 1
         examples[key] = change.job.id
-    await tx.execute_rows(
-        "add_to_error_tally", [(*key, tx.writer, n, examples[key]) for key, n in sorted(errors.items())]
+    return _steps(("add_to_error_tally", [(*key, writer, n, examples[key]) for key, n in sorted(errors.items())]))
+
+
+def _narrow(changes: Sequence[Change]) -> list[Step]:
+    unready = tuple(c.job.id for c in changes if c.job.state is State.ACTIVATED)
+    unleased = tuple(c.job.id for c in changes if c.job.state in LEASED and c.target not in LEASED)
+    ready = [c.job for c in changes if c.target is State.ACTIVATED]
+    steps = []
+    if unready:
+        steps.append(Step("delete_ready", [unready], must_find=len(unready)))
+    if unleased:
+        steps.append(Step("delete_leases", [unleased], must_find=len(unleased)))
+    return steps + _steps(("insert_ready", [(job.id, job.slot, job.class_id, -job.priority) for job in ready]))
+
+
+def _steps(*of_rows: tuple[str, Sequence[tuple[object, ...]]]) -> list[Step]:
+    return [for_rows(name, rows) for name, rows in of_rows if rows]
+
+
+def _change(changes: Sequence[Change]) -> list[Step]:
+    # The UPDATEs find a row only in its old version and change `modified_at`: found is changed.
+    claims = [change for change in changes if change.event is Event.CLAIM]
+    plain = [change for change in changes if change.event is not Event.CLAIM and _only_state(change)]
+    others = [change for change in changes if change.event is not Event.CLAIM and not _only_state(change)]
+    steps = [make(some) for make, some in ((_claim, claims), (_advance, plain)) if some]
+    if others:
+        steps.append(for_rows("change_jobs", [_row(change) for change in others], must_find=len(others)))
+    return steps
+
+
+def _only_state(change: Change) -> bool:
+    return all(
+        value is None for value in (change.attempt, change.lost, change.queue, change.pilot, change.host, change.error)
     )
 
 
-async def add_to_tallies(tx: Transaction, tally: Counter[Counted], owners: Counter[str]) -> None:
-    """Keep the counts, in this connection's own rows. Sorted, so that the rows are always locked in one order."""
-    await tx.execute_rows("add_to_tally", [(*key, tx.writer, n) for key, n in sorted(tally.items()) if n])
-    await tx.execute_rows("add_to_owner_tally", [(owner, tx.writer, n) for owner, n in sorted(owners.items()) if n])
+def _advance(changes: Sequence[Change]) -> Step:
+    ids = [change.job.id for change in changes]
+    flags = [int(_still_to_cancel(change)) for change in changes]
+    found = (tuple(ids), ids, [change.job.version for change in changes])
+    return Step(
+        "advance_jobs", [ids, [change.target for change in changes], ids, flags, *found], must_find=len(changes)
+    )
 
 
-async def _keep_narrow_tables(tx: Transaction, changes: Sequence[Change], targets: Sequence[State]) -> None:
-    pairs = list(zip(changes, targets, strict=True))
-    unready = tuple(c.job.id for c, _ in pairs if c.job.state is State.ACTIVATED)
-    if unready and await tx.execute("delete_ready", unready) != len(unready):
-        raise ChangedUnderfootError
-    unleased = tuple(c.job.id for c, target in pairs if c.job.state in LEASED and target not in LEASED)
-    if unleased and await tx.execute("delete_leases", unleased) != len(unleased):
-        raise ChangedUnderfootError
-    ready = [c.job for c, target in pairs if target is State.ACTIVATED]
-    await tx.execute_rows("insert_ready", [(job.id, job.slot, job.class_id, -job.priority) for job in ready])
-
-
-def _row(change: Change, target: State) -> tuple[object, ...]:
-    job, error = change.job, change.error
+def _still_to_cancel(change: Change) -> bool:
     # A request to cancel ends with the attempt that it was made for.
-    cancel_requested = job.cancel_requested and target in LEASED
+    return change.job.cancel_requested and change.target in LEASED
+
+
+def _claim(changes: Sequence[Change]) -> Step:
+    """A claim of many jobs changes less than other transitions do, and is the one that must be cheap."""
+    ids = [change.job.id for change in changes]
+    places = (ids, [change.queue for change in changes], ids, [change.pilot for change in changes])
+    hosts = (ids, [change.host for change in changes])
+    found = (tuple(ids), ids, [change.job.version for change in changes])
+    return Step("claim_jobs", [*places, *hosts, *found], must_find=len(changes))
+
+
+def _events(changes: Sequence[Change]) -> Step:
+    return for_rows("insert_events", [_event(change) for change in changes])
+
+
+def _row(change: Change) -> tuple[object, ...]:
+    job, error, target = change.job, change.error, change.target
     return (
         job.id,
         job.version + 1,
@@ -205,19 +279,19 @@ def _row(change: Change, target: State) -> tuple[object, ...]:
         job.queue if change.queue is None else change.queue,
         job.pilot if change.pilot is None else change.pilot,
         job.host if change.host is None else change.host,
-        int(cancel_requested),
+        int(_still_to_cancel(change)),
         error.plane if error else None,
         error.code if error else None,
         error.text if error else None,
     )
 
 
-def _happening(change: Change, target: State) -> Happening:
+def _happening(change: Change) -> Happening:
     job = change.job
     return Happening(
         id=job.id,
         slot=job.slot,
-        state=target,
+        state=change.target,
         event=change.event,
         attempt=job.attempt if change.attempt is None else change.attempt,
         owner=job.owner,
@@ -225,8 +299,17 @@ def _happening(change: Change, target: State) -> Happening:
     )
 
 
-def _event(change: Change, target: State) -> tuple[object, ...]:
+def _event(change: Change) -> tuple[object, ...]:
     job = change.job
     attempt = job.attempt if change.attempt is None else change.attempt
     detail = change.detail[:MAX_DETAIL_CHARS]
-    return (job.id, job.version + 1, change.event, job.state, target, attempt, change.actor[:MAX_ACTOR_CHARS], detail)
+    return (
+        job.id,
+        job.version + 1,
+        change.event,
+        job.state,
+        change.target,
+        attempt,
+        change.actor[:MAX_ACTOR_CHARS],
+        detail,
+    )

@@ -1,16 +1,20 @@
 """What a shard answers on the link. Handlers hold no business logic: decode, call one use case, encode."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from culm import access, telemetry
 from culm.errors import ClientFault, CulmError
+from culm.link import Begun
 from culm.topology import Topology
 from culm.wire import (
+    ExportAnswer,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
@@ -18,6 +22,7 @@ from culm.wire import (
     ShardCountsAnswer,
     ShardDepths,
     ShardErrors,
+    ShardExport,
     ShardGetJob,
     ShardHappenings,
     ShardHeartbeat,
@@ -40,12 +45,14 @@ from shard.happenings import Happenings
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
 from shard.pile_ups import PileUps
+from shard.signs import Signs
 from shard.why import Why
 
 M = TypeVar("M", bound=msgspec.Struct)
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _GET_JOB: Final = msgspec.msgpack.Decoder(ShardGetJob)
+_OK: Final = {verb: telemetry.REQUESTS.labels(verb, "ok") for verb in ("get_job", "heartbeat", "report")}
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class UseCases:
     intake: Intake
     dispatcher: Dispatcher
     lifecycle: Lifecycle
+    signs: Signs
     why: Why
     happenings: Happenings
     archive: Archive
@@ -83,12 +91,19 @@ class Verbs:
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
             "archive": _entry(ShardArchive, self._archive),
+            "export": _entry(ShardExport, self._export),
             "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, self._counts),
             "pile_ups": _entry(ShardPileUps, lambda call: cases.pile_ups.judge(topology(), cases.name, call)),
             "pilots": _entry(ShardPilots, lambda call: cases.askers.seen(cases.name, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
+        }
+
+        self._begun: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any], asyncio.Future[Any] | None]]] = {
+            "get_job": (_GET_JOB, cases.dispatcher.begin),
+            "heartbeat": (self._table["heartbeat"][0], cases.signs.begin),
+            "report": (self._table["report"][0], cases.signs.begin),
         }
 
     async def handle(self, verb: str, body: bytes, _deadline_s: float) -> bytes:
@@ -113,6 +128,20 @@ class Verbs:
                 time.perf_counter() - started
             )
 
+    def begin(self, verb: str, body: bytes) -> Begun | None:
+        """What pilots say all day, without a task; None for a call that has more to wait for. Raises CulmError."""
+        entry = self._begun.get(verb)
+        if entry is None:
+            return None
+        started = time.perf_counter()
+        decoder, begin = entry
+        try:
+            call = decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        future = begin(call)
+        return None if future is None else (future, partial(_finish, verb, started))
+
     def undelivered(self, verb: str, body: bytes, _answer: bytes) -> None:
         """An answer that could not be sent: a get_job's jobs go back."""
         if verb == "get_job":
@@ -133,9 +162,24 @@ class Verbs:
         n_dispatched = self._cases.askers.n_given_in_all()
         return msgspec.structs.replace(answer, n_dispatched=n_dispatched, window_s=WINDOW_S)
 
+    async def _export(self, call: ShardExport) -> ExportAnswer:
+        access.require_role(call.principal, "admin")
+        jobs, following = await self._cases.archive.page(call.name, call.after)
+        return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
+
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)
         return ShardReleaseAnswer(n_jobs=n_jobs)
+
+
+def _finish(verb: str, started: float, future: "asyncio.Future[msgspec.Struct]") -> bytes:
+    try:
+        answer = _ENCODER.encode(future.result())
+    except CulmError as error:
+        telemetry.REQUESTS.labels(verb, error.code).observe(time.perf_counter() - started)
+        raise
+    _OK[verb].observe(time.perf_counter() - started)
+    return answer
 
 
 def _entry(

@@ -123,12 +123,20 @@ async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[Runni
     )
     forward = Forward(topology, links, options.forward_deadline_s)
     verifier = Verifier(options.trusted_keys_dir)
-    app = Front(options, forward, verifier).app(_ready)
+    running_front = Front(options, forward, verifier)
+    app = running_front.app(_ready)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     await links.refresh()
     https = Https(options.https, options.host, behind_tls_front=options.behind_tls_front)
-    server = await door.listen(runner, door.bound(options.host, port), options.max_connections, https.context)
+    assert runner.server is not None
+    server = await door.listen(
+        runner.server,
+        running_front.connections(runner.server),
+        door.bound(options.host, port),
+        options.max_connections,
+        https.context,
+    )
     try:
         await eventually(lambda: all(link.connected for link in links._links.values()), CONNECT_S, what="linked")
         url = f"http://127.0.0.1:{port}" if https.context is None else f"https://localhost:{port}"

@@ -48,7 +48,7 @@ from culm.wire import (
     SlotJobs,
     SlotRef,
 )
-from shard.database import connect
+from shard.driver import connect
 from shard.main import Shard
 from tests.servers import Server
 from tests.waiting import eventually

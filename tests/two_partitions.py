@@ -12,7 +12,7 @@ from culm.settings import DatabaseSettings, DispatchSettings, ShardSettings, Tim
 from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology, register_sites
 from culm.topology import Shard as ShardEntry
 from culm.topology_store import Who
-from shard.database import connect
+from shard.driver import connect
 from shard.main import Shard
 from tests import servers
 from tests.partition import DEADLINE_S, Servers, _numbers

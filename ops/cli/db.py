@@ -1,7 +1,9 @@
-"""`culm db partitions|archive|drop`."""
+"""`culm db partitions|archive|export|drop`."""
 
 import asyncio
+import gzip
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from culm.errors import ClientFault, Unavailable
-from culm.wire import ArchiveAnswer, ArchiveRequest
+from culm.wire import ArchiveAnswer, ArchiveRequest, ExportAnswer, ExportRequest, JobView
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
 
 _AGE: Final = re.compile(r"(\d+)([smhd])")
@@ -82,6 +84,68 @@ def archive(folder: Path, authority: str, output: str, older: str) -> None:
 
 
 IDLE_LOOKS: Final = 3
+
+
+@db.command()
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--to", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.jsonl.gz")
+@click.option("--shard", default="", help="Of this shard only.  [default: of all of the authority]")
+@click.option("--force", is_flag=True, help="Replace the file.")
+@click.argument("name")
+def export(folder: Path, authority: str, output: str, path: Path, *, shard: str, force: bool, name: str) -> None:
+    """Write the partition NAME of the archive into a file: one JSON object a line, a job with its whole history.
+
+    The file is there when it is whole: as many jobs as the shards have counted in that month.
+
+    \b
+    Examples:
+      culm db export p202610 --to p202610.jsonl.gz
+    """
+    if path.exists() and not force:
+        raise ClientFault("file_exists", f"{path} is there: choose another name, or --force")
+    n_jobs = asyncio.run(_export(folder, authority, name, shard, path))
+    if output == "json":
+        click.echo(msgspec.json.encode({"file": str(path), "partition": name, "n_jobs": n_jobs}))
+    else:
+        click.echo(f"{path}: {n_jobs} jobs of {name}")
+
+
+async def _export(folder: Path, authority: str, name: str, shard: str, path: Path) -> int:
+    answer = await _ask(folder, authority, ArchiveRequest(shard=shard))
+    _require_all(answer)
+    counted = {one.shard: part.n_jobs for one in answer.shards for part in one.partitions if part.name == name}
+    if not counted:
+        raise ClientFault("unknown_partition", f"there is no partition {name[:40]!r}", http_status=404)
+    beside = path.with_name(f"{path.name}.part")
+    written: Counter[str] = Counter()
+    try:
+        with gzip.open(beside, "wb") as file, Console(stderr=True).status("exporting") as spinner:
+            async with router(folder, "admin", authority=authority) as client:
+                for one in sorted(counted):
+                    after: int | None = 0
+                    while after is not None:
+                        asked = ExportRequest(shard=one, name=name, after=after)
+                        page = await client.post("export", asked, ExportAnswer, timeout_s=TIMEOUT_S)
+                        for job in page.jobs:
+                            file.write(msgspec.json.encode(_Line(one, job)) + b"\n")
+                        written[one] += len(page.jobs)
+                        after = page.next
+                        spinner.update(f"{written.total()} of {sum(counted.values())} jobs")
+        if any(written[one] != n for one, n in counted.items()):
+            raise Unavailable(
+                "archive_changed", f"{written.total()} jobs were read, {sum(counted.values())} are counted: repeat it"
+            )
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return written.total()
+
+
+class _Line(msgspec.Struct):
+    shard: str
+    job: JobView
 
 
 @db.command()

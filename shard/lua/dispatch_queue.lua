@@ -5,6 +5,8 @@
 --   P generation        string   made at the first use; missing means that everything here is gone
 --   P floors            hash     field <slot>:<class> -> rank of the worst job that is surely here: what ranks below it
 --                                stays in InnoDB. No field: everything of that class is here.
+--   P topping           hash     field <slot>:<class> -> 1 while a top-up reads what comes next in InnoDB: every push is
+--                                kept then, below the floor too, where the set is not whole and nothing is taken.
 --   P ready:<slot>:<class>  sorted set   member <id>, 16 digits; score <ranking>: minus the priority
 --
 -- A floor is written "<ranking>:<id>". ARGV[1] is always the generation that the caller knows; where it is not the
@@ -27,6 +29,27 @@ local function floor_of(class)
     local score, id = string.match(floor, '^(-?%d+):(%d+)$')
     return tonumber(score), id
 end
+local function set_floor(class, score, id)
+    redis.call('HSET', prefix .. 'floors', class, string.format('%d:%s', score, id))
+end
+-- What is above the floor is whole: the worst of it beyond `cap` may go, and the floor rises.
+local function trim(class, cap)
+    local over = redis.call('ZCARD', ready(class)) - cap
+    if over > 0 then
+        redis.call('ZREMRANGEBYRANK', ready(class), -over, -1)
+        local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')
+        set_floor(class, tonumber(worst[2]), worst[1])
+    end
+end
+-- What ranks below the floor goes: the range there is not known to be whole.
+local function cut_below(class, score, id)
+    redis.call('ZREMRANGEBYSCORE', ready(class), '(' .. score, '+inf')
+    while true do
+        local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')
+        if #worst == 0 or tonumber(worst[2]) < score or worst[1] <= id then break end
+        redis.call('ZREM', ready(class), worst[1])
+    end
+end
 
 -- name: begin
 -- ARGV[2]: a new generation. Answers the one that holds now. Who knows none (a start, a failure) takes nothing over:
@@ -43,26 +66,22 @@ local cap, touched = tonumber(ARGV[2]), {}
 for i = 3, #ARGV, 3 do
     local class, score, id = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
     local floor_score, floor_id = floor_of(class)
-    if not floor_score or ahead(score, id, floor_score, floor_id) then
+    local topping = redis.call('HEXISTS', prefix .. 'topping', class) == 1
+    if topping or not floor_score or ahead(score, id, floor_score, floor_id) then
         redis.call('ZADD', ready(class), score, id)
-        touched[class] = true
+        touched[class] = not topping
     end
 end
-for class in pairs(touched) do
-    local over = redis.call('ZCARD', ready(class)) - cap
-    if over > 0 then
-        redis.call('ZREMRANGEBYRANK', ready(class), -over, -1)
-        local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')
-        redis.call('HSET', prefix .. 'floors', class, string.format('%d:%s', tonumber(worst[2]), worst[1]))
-    end
+for class, whole in pairs(touched) do
+    if whole then trim(class, cap) end
 end
 return {0}
 
 -- name: take
--- ARGV: then per group: how many wanted, how many classes, the classes. Answers {0, per group: a list of
--- class, ranking, id triples in the order of dispatch}, and last the classes that ran low while a floor holds.
+-- ARGV[2]: how few are low; then per group: how many wanted, how many classes, the classes. Answers {0, per group: a
+-- list of class, ranking, id triples in the order of dispatch}, and last the classes that ran low while a floor holds.
 if stored == '' or stored ~= known then return {-1, stored} end
-local answer, low, i = {0}, {}, 2
+local answer, low, few, i = {0}, {}, tonumber(ARGV[2]), 3
 while i <= #ARGV do
     local wanted, n_classes = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
     local taken, heads, cut = {}, {}, nil
@@ -70,7 +89,8 @@ while i <= #ARGV do
         local class = ARGV[i + 1 + c]
         heads[c] = { class = class, list = redis.call('ZRANGE', ready(class), 0, wanted - 1, 'WITHSCORES'), at = 1 }
         local score, id = floor_of(class)
-        if score and #heads[c].list < wanted * 2 and (not cut or not ahead(cut.score, cut.id, score, id)) then
+        local topping = score and redis.call('HEXISTS', prefix .. 'topping', class) == 1
+        if score and (topping or #heads[c].list < wanted * 2) and (not cut or not ahead(cut.score, cut.id, score, id)) then
             cut = { score = score, id = id }
         end
     end
@@ -94,7 +114,7 @@ while i <= #ARGV do
         local n_taken = (head.at - 1) / 2
         if n_taken > 0 then redis.call('ZREMRANGEBYRANK', ready(head.class), 0, n_taken - 1) end
         -- With a floor the set must never run dry unnoticed: more waits in InnoDB.
-        if redis.call('ZCARD', ready(head.class)) < wanted * 4 and floor_of(head.class) then
+        if redis.call('ZCARD', ready(head.class)) < math.max(wanted * 4, few) and floor_of(head.class) then
             low[#low + 1] = head.class
         end
     end
@@ -108,9 +128,11 @@ return answer
 -- ARGV[2]: class. It is emptied, of stale hints too, and until close_refill everything pushed is kept: that may rank
 -- above what the refill is about to read. Nothing is taken from it meanwhile.
 if stored == '' or stored ~= known then return {-1, stored} end
-if redis.call('TYPE', prefix .. 'floors').ok ~= 'hash' then redis.call('DEL', prefix .. 'floors') end
+for _, name in ipairs({'floors', 'topping'}) do
+    if redis.call('TYPE', prefix .. name).ok ~= 'hash' then redis.call('DEL', prefix .. name) end
+    redis.call('HDEL', prefix .. name, ARGV[2])
+end
 redis.call('DEL', ready(ARGV[2]))
-redis.call('HDEL', prefix .. 'floors', ARGV[2])
 return {0}
 
 -- name: close_refill
@@ -126,14 +148,41 @@ if more then
     if not score or ahead(last_score, last_id, score, id) then score, id = last_score, last_id end
 end
 if score then
-    redis.call('ZREMRANGEBYSCORE', ready(class), '(' .. score, '+inf')
-    while true do
-        local worst = redis.call('ZRANGE', ready(class), -1, -1, 'WITHSCORES')
-        if #worst == 0 or tonumber(worst[2]) < score or worst[1] <= id then break end
-        redis.call('ZREM', ready(class), worst[1])
-    end
-    redis.call('HSET', prefix .. 'floors', class, string.format('%d:%s', score, id))
+    cut_below(class, score, id)
+    set_floor(class, score, id)
 end
+return {0}
+
+-- name: open_top_up
+-- ARGV[2]: class. Answers {0, ranking, id} of its floor: what InnoDB holds below it may be read now, for from here on
+-- every push is kept. {0} where there is no floor.
+if stored == '' or stored ~= known then return {-1, stored} end
+local score, id = floor_of(ARGV[2])
+if not score then return {0} end
+redis.call('HSET', prefix .. 'topping', ARGV[2], 1)
+return {0, string.format('%d', score), id}
+
+-- name: close_top_up
+-- ARGV[2]: class, ARGV[3]: cap, ARGV[4]: 1 if InnoDB holds more than what follows, ARGV[5], ARGV[6]: the floor that
+-- open_top_up gave; then pairs ranking, id: the next ones below it. Answers {1} where the floor is another one by now.
+if stored == '' or stored ~= known then return {-1, stored} end
+local class, cap, more = ARGV[2], tonumber(ARGV[3]), ARGV[4] == '1'
+redis.call('HDEL', prefix .. 'topping', class)
+local score, id = floor_of(class)
+if not score then return {0} end
+if score ~= tonumber(ARGV[5]) or id ~= ARGV[6] then
+    cut_below(class, score, id)
+    return {1}
+end
+for i = 7, #ARGV, 2 do redis.call('ZADD', ready(class), tonumber(ARGV[i]), ARGV[i + 1]) end
+if more then
+    score, id = tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
+    cut_below(class, score, id)
+    set_floor(class, score, id)
+else
+    redis.call('HDEL', prefix .. 'floors', class)
+end
+trim(class, cap)
 return {0}
 
 -- name: remove

@@ -66,6 +66,11 @@ SELECT id, slot, class_id, ranking FROM ready FORCE INDEX (PRIMARY) WHERE id IN 
 { UNION ALL |(SELECT id, slot, class_id, ranking FROM ready
     WHERE slot = %s AND class_id = %s ORDER BY ranking, id LIMIT %s)}
 
+-- What comes after one in the order of dispatch.
+-- name: next_ready
+SELECT id, slot, class_id, ranking FROM ready FORCE INDEX (dispatch_order)
+WHERE slot = %s AND class_id = %s AND (ranking > %s OR (ranking = %s AND id > %s)) ORDER BY ranking, id LIMIT %s
+
 -- name: active_classes
 SELECT DISTINCT slot, class_id FROM ready
 
@@ -144,6 +149,20 @@ SET job.version = changed.version, job.state = changed.state, job.attempt = chan
     job.cancel_requested = changed.cancel_requested, job.error_plane = changed.error_plane,
     job.error_code = changed.error_code, job.error_text = changed.error_text, job.modified_at = UTC_TIMESTAMP(6)
 
+-- What most transitions change: the state, and what ends with it.
+-- name: advance_jobs
+UPDATE job FORCE INDEX (PRIMARY) SET version = version + 1, state = ELT(FIELD(id, %s), %s),
+    cancel_requested = ELT(FIELD(id, %s), %s), error_plane = NULL, error_code = NULL, error_text = NULL,
+    modified_at = UTC_TIMESTAMP(6)
+WHERE id IN %s AND version = ELT(FIELD(id, %s), %s)
+
+-- What a claim changes, of jobs that it holds by their ready rows; found only as it knew them.
+-- name: claim_jobs
+UPDATE job FORCE INDEX (PRIMARY) SET version = version + 1, state = 'sent', attempt = attempt + 1,
+    queue = ELT(FIELD(id, %s), %s), pilot = ELT(FIELD(id, %s), %s), host = ELT(FIELD(id, %s), %s),
+    error_plane = NULL, error_code = NULL, error_text = NULL, modified_at = UTC_TIMESTAMP(6)
+WHERE id IN %s AND state = 'activated' AND version = ELT(FIELD(id, %s), %s)
+
 -- name: insert_events
 INSERT INTO job_event (id, n, at, event, source, target, attempt, actor, detail)
 VALUES {, |(%s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)}
@@ -171,6 +190,9 @@ INSERT INTO owner_tally (owner, writer, n) VALUES {, |(%s, %s, %s)} ON DUPLICATE
 -- name: extend_lease
 UPDATE lease SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND) WHERE id = %s
 
+-- name: extend_leases
+UPDATE lease FORCE INDEX (PRIMARY) SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), INTERVAL %s SECOND) WHERE id IN %s
+
 -- ---- report, release, reaper
 
 -- name: find_report
@@ -181,6 +203,9 @@ SELECT n FROM job_event WHERE id = %s AND event = %s LIMIT 1
 
 -- name: insert_report
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
+
+-- name: insert_reports
+INSERT INTO report (id, attempt, token, state, at, body) VALUES {, |(%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)}
 
 -- name: request_cancel
 UPDATE job FORCE INDEX (PRIMARY) SET cancel_requested = 1 WHERE id IN %s
@@ -267,6 +292,11 @@ ORDER BY id LIMIT %s
 
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
+
+-- The next jobs of a partition, by what bounds it, with the bytes of each.
+-- name: next_archived
+SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
+WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_id
 SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s

@@ -11,6 +11,7 @@ from culm.errors import ClientFault, Conflict, Unavailable
 from culm.settings import ArchiveSettings
 from culm.states import Event, State
 from culm.wire import (
+    ExportAnswer,
     Grant,
     JobsAnswer,
     JobView,
@@ -18,6 +19,7 @@ from culm.wire import (
     ShardArchiveAnswer,
     ShardCounts,
     ShardCountsAnswer,
+    ShardExport,
     WhyAnswer,
 )
 from culm.wire import ShardJob as ReadJob
@@ -282,3 +284,26 @@ async def test_the_shard_moves_them_by_itself_while_it_works(shard: Partition, m
     for grant in grants[::20]:
         assert (await shard.report(grant)).state is State.FINISHED
         assert (await shard.job(grant.id)).reports[0].stdout_tail == f"out {grant.id}"
+
+
+async def test_a_month_is_read_in_pages_each_job_once(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shard.archive.EXPORTED_PER_PAGE", 3)
+    ids = await shard.submit(*[job()] * 7)
+    for grant in await shard.get(n_jobs=7):
+        await shard.report(grant)
+    call = ShardArchive(principal=ADMIN, older_s=0.0)
+    [part] = [p for p in (await shard.ask("archive", call, ShardArchiveAnswer)).partitions if p.n_jobs]
+    found: list[int] = []
+    after: int | None = 0
+    n_pages = 0
+    while after is not None:
+        answer = await shard.ask("export", ShardExport(principal=ADMIN, name=part.name, after=after), ExportAnswer)
+        found += [view.job.id for view in answer.jobs]
+        after = answer.next
+        n_pages += 1
+    assert (found, n_pages) == (ids, 3)
+    assert [event.event for event in answer.jobs[0].history] == ["submit_ready", "claim", "finish"]
+    for who, name, code in ((ADMIN, "p190001", "unknown_partition"), (USER, part.name, "forbidden")):
+        with pytest.raises(ClientFault) as refused:
+            await shard.ask("export", ShardExport(principal=who, name=name), ExportAnswer)
+        assert refused.value.code == code

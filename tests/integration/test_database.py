@@ -18,16 +18,8 @@ from culm.settings import DatabaseSettings
 from culm.states import FINAL
 from ops.audit import audit
 from ops.engines import innodb
-from shard.database import (
-    MAX_TRIES,
-    RETRIED,
-    ChangedUnderfootError,
-    Database,
-    DuplicateKeyError,
-    Pool,
-    Transaction,
-    connect,
-)
+from shard.database import MAX_TRIES, ChangedUnderfootError, Database, Pool, Row, Step, Transaction, for_rows
+from shard.driver import RETRIED, DuplicateKeyError, connect
 from shard.migrate import migrate
 from tests import servers
 from tests.partition import Partition, Servers, job, partition, patiently
@@ -481,3 +473,57 @@ async def test_one_idle_connection_that_is_gone_is_replaced_and_no_reason_for_gr
         await database.run(pool, lambda tx: tx.fetch("read_slots"))
         assert database.connected_since == began
         assert database.reachable
+
+
+# --- several statements in one packet -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", POOLS)
+async def test_statements_that_are_sent_together_answer_in_their_order(database: Database, pool: Pool) -> None:
+    async def work(tx: Transaction) -> list[list[Row]]:
+        return await tx.together(
+            [
+                Step("open_slot", [SLOT, 3], must_find=1),
+                Step("lock_open_slots", [(SLOT, SLOT + 1)], must_find=1),
+                for_rows("insert_specs", [(1, b"it's; \\ %s"), (2, b"\x00\xff")], must_find=2),
+                Step("read_spec", [1]),
+                Step("read_spec", [3]),
+            ]
+        )
+
+    assert await database.run(pool, work) == [[], [(SLOT, 3)], [], [(b"it's; \\ %s",)], []]
+
+
+@pytest.mark.parametrize("pool", ["claim", "write"])
+async def test_what_finds_another_number_than_it_must_undoes_all_of_them(database: Database, pool: Pool) -> None:
+    tries = 0
+
+    async def work(tx: Transaction) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            # The second is wrong, and the third would hit a unique key because of it.
+            await tx.together(
+                [
+                    Step("open_slot", [SLOT, 3]),
+                    Step("delete_leases", [(1, 2)], must_find=2),
+                    for_rows("insert_specs", [(1, b""), (1, b"")]),
+                ]
+            )
+
+    await database.run(pool, work)
+    assert (tries, await _slots(database)) == (2, set())
+
+
+@pytest.mark.parametrize("pool", ["claim", "write"])
+async def test_an_error_among_them_undoes_all_and_the_connection_stays_good(database: Database, pool: Pool) -> None:
+    async def work(tx: Transaction) -> None:
+        await tx.together([Step("open_slot", [SLOT, 3]), for_rows("insert_specs", [(1, b""), (1, b"")])])
+
+    with pytest.raises(DuplicateKeyError):
+        await database.run(pool, work)
+    assert await database.run(pool, lambda tx: tx.fetch("read_slots")) == []
+
+
+async def test_no_statement_at_all_is_nothing_to_send(database: Database) -> None:
+    assert await database.run("write", lambda tx: tx.together([])) == []

@@ -381,3 +381,82 @@ async def test_one_that_does_not_answer_is_given_up_in_time(clock: _ManualClock)
         assert not queue.available
         await queue.close()
         await blocker.close()
+
+
+# --- top-ups ---------------------------------------------------------------------------------------------------------
+
+
+async def _with_floor(queue: DispatchQueue) -> None:
+    """1 to 5 are here, 6 and more are left to InnoDB."""
+    await queue.push([_hint(n) for n in range(1, 8)])
+
+
+async def test_a_top_up_adds_what_comes_next(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    assert await _take(queue, 3) == [1, 2, 3]
+    floor = await queue.open_top_up(A)
+    assert floor == _hint(5)
+    assert await queue.close_top_up(floor, [_hint(6), _hint(7)], more=True)
+    assert await _stored(queue) == [4, 5, 6, 7]
+    assert await queue.open_top_up(A) == _hint(7)
+
+
+async def test_without_more_in_innodb_there_is_no_floor_any_more(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    floor = await queue.open_top_up(A)
+    assert floor is not None
+    assert await queue.close_top_up(floor, [], more=False)
+    assert await queue.open_top_up(A) is None
+    await queue.push([_hint(9)])
+    # The cap holds again.
+    assert await _stored(queue) == [1, 2, 3, 4, 5]
+
+
+async def test_what_is_pushed_meanwhile_is_kept_and_not_taken_before_its_turn(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    assert await _take(queue, 3) == [1, 2, 3]
+    floor = await queue.open_top_up(A)
+    assert floor is not None
+    await queue.push([_hint(9), _hint(2, ranking=-1)])
+    # 6 to 8 are known to InnoDB alone: 9 must wait for them.
+    assert await _take(queue, 9) == [2, 4, 5]
+    assert await _take(queue, 9) == []
+    assert await queue.close_top_up(floor, [_hint(6), _hint(7), _hint(8)], more=False)
+    assert await _take(queue, 9) == [6, 7, 8, 9]
+
+
+async def test_what_was_pushed_below_the_new_floor_is_innodbs(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    assert await _take(queue, 4) == [1, 2, 3, 4]
+    floor = await queue.open_top_up(A)
+    assert floor is not None
+    await queue.push([_hint(20)])
+    assert await queue.close_top_up(floor, [_hint(6), _hint(7)], more=True)
+    assert await _stored(queue) == [5, 6, 7]
+
+
+async def test_a_top_up_of_a_class_that_was_refilled_meanwhile_adds_nothing(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    floor = await queue.open_top_up(A)
+    assert floor is not None
+    await _refill(queue, [_hint(1), _hint(2)], more=True)
+    assert not await queue.close_top_up(floor, [_hint(6)], more=False)
+    assert await _stored(queue) == [1, 2]
+    assert await queue.open_top_up(A) == _hint(2)
+
+
+async def test_a_top_up_that_brings_more_than_the_cap_leaves_the_rest_to_innodb(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    floor = await queue.open_top_up(A)
+    assert floor is not None
+    assert await queue.close_top_up(floor, [_hint(n) for n in range(6, 11)], more=False)
+    assert await _stored(queue) == [1, 2, 3, 4, 5]
+    assert await queue.open_top_up(A) == _hint(5)
+
+
+async def test_a_refill_ends_a_top_up_that_was_begun(queue: DispatchQueue) -> None:
+    await _with_floor(queue)
+    assert await queue.open_top_up(A) is not None
+    await _refill(queue, [_hint(n) for n in range(1, 6)], more=False)
+    await queue.push([_hint(8)])
+    assert await _stored(queue) == [1, 2, 3, 4, 5]

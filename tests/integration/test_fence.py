@@ -10,7 +10,8 @@ import pytest
 from culm.errors import Moved
 from culm.wire import SlotRef
 from ops.engines import innodb
-from shard.database import Transaction, connect
+from shard.database import Transaction
+from shard.driver import connect
 from shard.transitions import lock_slots
 from tests import servers
 from tests.partition import Partition, Servers, job, partition

@@ -11,7 +11,7 @@ import pytest
 from culm.errors import Bug, Unavailable
 from culm.settings import DatabaseSettings
 from shard import migrate as migrations
-from shard.database import connect
+from shard.driver import connect
 from shard.migrate import migrate
 from tests import servers
 

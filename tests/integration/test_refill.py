@@ -1,6 +1,7 @@
 """Keeping the dispatch queue whole: what marks a class, what mends it, and what a look into InnoDB finds again."""
 
 import asyncio
+import random
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
 from shard.hints import ClassKey, Hint
 from shard.refill import Refill
+from shard.shelf import Shelf
 from tests.partition import PRODUCTION, Partition, Servers, job, partition
 from tests.waiting import eventually
 
@@ -156,7 +158,7 @@ async def test_a_class_that_is_being_refilled_is_not_clean(both: Servers) -> Non
         await _settled(shard)
         key = _key(shard)
         queue, database = shard.shard.queue, shard.shard.database
-        refill = Refill(database, queue, shard.shard.classes, QUIET)
+        refill = Refill(database, queue, shard.shard.classes, QUIET, Shelf(1 << 20))
         pool = shard.settings.database.read_connections
         held = [_Held(database) for _ in range(pool)]
         await asyncio.gather(*(one.begun.wait() for one in held))
@@ -191,7 +193,7 @@ async def test_a_low_class_is_topped_up_while_it_is_drained_in_order(both: Serve
         wanted = [i for _, i in sorted((-(n % 7), identifier) for n, identifier in enumerate(ids))]
         got = [grant.id for _ in range(20) for grant in await shard.get(n_jobs=3)]
         assert got == wanted
-        assert shard.shard.refill.n_begun > 1
+        assert shard.shard.refill.n_topped_up > 1
 
 
 async def test_what_a_load_finds_is_active_and_dirty_once(both: Servers) -> None:
@@ -199,7 +201,7 @@ async def test_what_a_load_finds_is_active_and_dirty_once(both: Servers) -> None
         await shard.submit(job(), job(cores=2))
         classes = ClassRegistry()
         queue = DispatchQueue("other", shard.settings.redis, QUIET)
-        refill = Refill(shard.shard.database, queue, classes, QUIET)
+        refill = Refill(shard.shard.database, queue, classes, QUIET, Shelf(1 << 20))
         found = await refill.load()
         assert sorted(found) == sorted(shard.shard.classes.active())
         assert sorted(classes.active()) == sorted(found)
@@ -217,7 +219,7 @@ async def test_without_valkey_a_refill_waits_for_the_breaker_and_stays_wanted(bo
         await _settled(shard)
         key = _key(shard)
         lost = DispatchQueue("other", "unix:///nowhere/valkey.sock", QUIET)
-        refill = Refill(shard.shard.database, lost, shard.shard.classes, QUIET)
+        refill = Refill(shard.shard.database, lost, shard.shard.classes, QUIET, Shelf(1 << 20))
         refill.mark([key])
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -234,7 +236,7 @@ async def test_without_valkey_a_refill_waits_for_the_breaker_and_stays_wanted(bo
 async def test_without_the_database_a_sweep_says_so(both: Servers) -> None:
     async with partition(both, dispatch=QUIET) as shard:
         gone = Database(msgspec.structs.replace(shard.settings.database, socket="/nowhere/db.sock"))
-        refill = Refill(gone, shard.shard.queue, shard.shard.classes, QUIET)
+        refill = Refill(gone, shard.shard.queue, shard.shard.classes, QUIET, Shelf(1 << 20))
         with pytest.raises(Unavailable):
             await refill.sweep()
 
@@ -251,3 +253,20 @@ async def test_a_push_that_was_lost_is_found_again_by_a_refill(both: Servers) ->
         [grant] = await shard.get()
         assert grant.id == identifier
         assert await shard.state(identifier) is State.SENT
+
+
+async def test_what_comes_while_a_class_is_drained_and_topped_up_is_dispatched_in_order(both: Servers) -> None:
+    chance = random.Random(7)
+    async with partition(both, dispatch=QUIET) as shard:
+        ready: dict[int, int] = {}
+        for _ in range(120):
+            for _ in range(chance.randrange(4)):
+                priority = chance.randrange(5)
+                [identifier] = await shard.submit(job(priority=priority))
+                ready[identifier] = priority
+            best = sorted(ready, key=lambda identifier: (-ready[identifier], identifier))[: chance.randrange(1, 3)]
+            if best:
+                assert [grant.id for grant in await shard.get(n_jobs=len(best))] == best
+                for identifier in best:
+                    del ready[identifier]
+        assert shard.shard.refill.n_topped_up > 1

@@ -12,6 +12,7 @@ from culm.wire import GetJobAnswer, Grant, InputFile
 from shard import dispatch
 from shard.database import Transaction
 from shard.dispatch import Dispatcher
+from shard.request import Wake
 from tests.partition import OFFER, QUEUE, Partition, Servers, get_job_call, job, partition
 from tests.waiting import eventually
 
@@ -62,7 +63,7 @@ def _when_woken(dispatcher: Dispatcher, act: object) -> list[bool]:
     done: list[bool] = []
     wake = dispatcher._wake
 
-    def observed(reason: dispatch._Wake) -> None:
+    def observed(reason: Wake) -> None:
         wake(reason)
         if not done:
             done.append(True)

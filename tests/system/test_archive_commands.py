@@ -1,5 +1,9 @@
 """`culm db`: what an operator does with the archive of a running cluster."""
 
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.cluster import Cluster, decoded
@@ -7,7 +11,7 @@ from tests.cluster import Cluster, decoded
 pytestmark = pytest.mark.system
 
 
-def test_what_ended_is_moved_listed_found_and_the_audit_is_clean(running: Cluster) -> None:
+def test_what_ended_is_moved_listed_exported_and_the_audit_is_clean(running: Cluster, tmp_path: Path) -> None:
     ids = running.culm("job", "submit", "--site", "BNL", "--count", "5", "--", "true").stdout.split()
     done = running.culm("pilot", "run", "--queue", "BNL-q", "--max-jobs", "5", "--idle-exit", "20")
     assert done.returncode == 0, done.stderr
@@ -23,7 +27,23 @@ def test_what_ended_is_moved_listed_found_and_the_audit_is_clean(running: Cluste
     present = next(
         part["name"] for one in parts if one["shard"] == "us1" for part in one["partitions"] if part["n_jobs"]
     )
+    n_jobs = sum(p["n_jobs"] for one in parts for p in one["partitions"] if p["name"] == present)
+    file = tmp_path / "month.jsonl.gz"
+    told = running.culm("db", "export", present, "--to", str(file))
+    assert told.returncode == 0, told.stderr
+    with gzip.open(file, "rt") as lines:
+        exported = [json.loads(line) for line in lines]
+    assert len(exported) == n_jobs
+    ours = {line["job"]["job"]["id"]: line for line in exported if line["job"]["job"]["id"] in set(map(int, ids))}
+    assert len(ours) == 5
+    for line in ours.values():
+        assert line["shard"] == "us1"
+        assert line["job"]["history"][-1]["event"] == "finish"
+        assert line["job"]["reports"]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
     for words, code in (
+        (("db", "export", present, "--to", str(file)), 2),
+        (("db", "export", "p190001", "--to", str(tmp_path / "other")), 3),
         (("db", "drop", present), 2),
         (("db", "drop", present, "--yes"), 2),
         (("db", "drop", present, "--yes", "--shard", "us1"), 2),

@@ -84,3 +84,10 @@ def test_every_block_of_the_shard_is_one_whole_statement(statement: Statement) -
     assert text.startswith(f"/* culm {statement.name} */ ")
     assert not re.search(r"[{}|;]", text.removeprefix(f"/* culm {statement.name} */ "))
     assert text.count("(") == text.count(")")
+
+
+def test_a_list_is_spread_without_brackets() -> None:
+    assert expand("FIELD(id, %s) IN %s AND %s", [[1, 2], (3, 4), 5]) == (
+        "FIELD(id, %s, %s) IN (%s, %s) AND %s",
+        [1, 2, 3, 4, 5],
+    )

@@ -1,5 +1,7 @@
 """What `culm top` shows, made from what the monitor last said."""
 
+import io
+
 from rich.console import Console
 
 from culm.wire import CountsAnswer, ShardRow, ShardsAnswer
@@ -7,7 +9,7 @@ from ops.cli.top import Seen, page
 
 
 def shown(seen: Seen | None, away: str = "") -> str:
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(page(seen, away))
     return console.export_text()
 
