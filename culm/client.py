@@ -26,6 +26,8 @@ from culm.wire import (
     JobsAnswer,
     JobsQuery,
     JobView,
+    PileUpsAnswer,
+    PilotsAnswer,
     ReportAnswer,
     ReportRequest,
     ShardsAnswer,
@@ -126,6 +128,15 @@ class Client:
     async def errors(self, hours: int) -> ErrorsAnswer:
         """The monitor's errors by (plane, code, site)."""
         return await self.get("errors", {"hours": hours}, ErrorsAnswer)
+
+    async def pile_ups(self, hours: int) -> PileUpsAnswer:
+        """The monitor's word on which state grows where, and why."""
+        return await self.get("pile-ups", {"hours": hours}, PileUpsAnswer)
+
+    async def pilots(self, *, site: str = "", minutes: int = 60, limit: int = 200) -> PilotsAnswer:
+        """The monitor's list of the pilots that asked lately."""
+        query: dict[str, Any] = {"minutes": minutes, "limit": limit} | ({"site": site} if site else {})
+        return await self.get("pilots", query, PilotsAnswer)
 
     async def shards(self) -> ShardsAnswer:
         """The monitor's view of all shards."""

@@ -232,6 +232,8 @@ class ShardSettings(Settings, frozen=True, kw_only=True):
     """The dispatch queue and the claim batches."""
     archive: ArchiveSettings = ArchiveSettings()
     """When jobs that ended leave the hot tables."""
+    samples_kept_hours: Annotated[int, Meta(ge=2, le=720)] = 48
+    """How many hourly samples of the tallies are kept: so far back a state that grows can be compared."""
     topology_poll_s: Seconds = 0.5
     """How often the topology is looked at for a newer epoch."""
     stop_s: Seconds = 10.0

@@ -448,6 +448,86 @@ class SiteWhyAnswer(Answer, frozen=True, kw_only=True):
     missing_shards: list[str] = []
 
 
+CauseCode = Literal[
+    "site_offline", "no_queue_there", "no_pilot_asked", "pilots_do_not_fit", "more_arrives_than_is_dispatched",
+    "owners_banned", "pilots_give_no_sign", "heartbeats_stop", "more_starts_than_ends", "outputs_not_accounted",
+    "inputs_do_not_come", "jobs_fail",
+]  # fmt: skip
+"""Why jobs probably pile up in a state."""
+
+
+class PileUp(Answer, frozen=True, kw_only=True):
+    """A state that grows at a site, against the last hours."""
+
+    site: str
+    region: str
+    state: State
+    n_jobs: int
+    n_usual: int
+    """The mean of the hourly samples of the hours before this one."""
+    n_before: int
+    """In the newest of those. Of `failed`, which only ever grows, `n_jobs` have failed since then, `n_usual` would have
+    at the pace of before, and this is 0."""
+    cause: CauseCode
+    text: str
+    """The cause as a sentence with its figures."""
+    example: int | None = None
+    """A job that it holds for, where one is known."""
+    shards: list[str] = []
+
+
+class PileUpsAnswer(Answer, frozen=True, kw_only=True):
+    """What piles up, the most jobs above the usual first. A shard that gave no answer is named."""
+
+    hours: int
+    pile_ups: list[PileUp]
+    n_samples: dict[str, int]
+    """Per shard that answered: the hours that it could compare with; 0 where it cannot say yet."""
+    missing_shards: list[str] = []
+
+
+class PilotSeen(Answer, frozen=True, kw_only=True):
+    """A pilot that has asked for work; counts are from when it was first seen."""
+
+    id: str
+    host: str
+    queue: str
+    first_at: float
+    last_at: float
+    n_asked: int
+    """Requests, those that wait among them."""
+    n_answered: int
+    """Requests that got at least one job."""
+    n_jobs: int
+    """Jobs that it was given."""
+    last_job_at: float | None = None
+    """When it was last given one; None: never."""
+    site: str = ""
+
+
+class QueueSeen(Answer, frozen=True, kw_only=True):
+    """Who asks for a computing queue; counts are of the last minutes."""
+
+    queue: str
+    last_asked_at: float | None
+    n_pilots: int
+    n_asked: int
+    n_given: int
+    site: str = ""
+
+
+class PilotsAnswer(Answer, frozen=True, kw_only=True):
+    """The computing queues by name, and the pilots that asked lately, the latest first."""
+
+    window_s: float
+    """What the counts of a computing queue are of."""
+    queues: list[QueueSeen]
+    pilots: list[PilotSeen]
+    n_left_out: int = 0
+    """Pilots beyond the limit."""
+    missing_shards: list[str] = []
+
+
 # --- router to shard ------------------------------------------------------------------------------------------------
 
 
@@ -606,6 +686,53 @@ class ShardJobs(msgspec.Struct, frozen=True, kw_only=True):
     slots: list[int] = []
 
 
+class ShardPileUps(msgspec.Struct, frozen=True, kw_only=True):
+    """Judge which states grow against the last hours."""
+
+    principal: Principal
+    hours: int
+
+
+class SlotPileUp(Answer, frozen=True, kw_only=True):
+    """A state that grows in a slot; the numbers as in `PileUp`."""
+
+    slot: int
+    state: State
+    n_jobs: int
+    n_usual: int
+    n_before: int
+    cause: CauseCode
+    text: str
+    example: int | None = None
+
+
+class ShardPileUpsAnswer(Answer, frozen=True, kw_only=True):
+    """The most jobs above the usual first."""
+
+    shard: str
+    n_samples: int
+    pile_ups: list[SlotPileUp]
+
+
+class ShardPilots(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asked in the last `since_s` seconds; `queues` None means all."""
+
+    principal: Principal
+    since_s: float
+    limit: int
+    queues: list[str] | None = None
+
+
+class ShardPilotsAnswer(Answer, frozen=True, kw_only=True):
+    """The latest pilots first, at most `limit`."""
+
+    shard: str
+    window_s: float
+    queues: list[QueueSeen]
+    pilots: list[PilotSeen]
+    n_left_out: int = 0
+
+
 class ShardDepths(msgspec.Struct, frozen=True, kw_only=True):
     """Ask how deep jobs lie in their chains of parents."""
 
@@ -751,6 +878,9 @@ class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     """Jobs that are not final, of the accounts with the most of them."""
     archived: list[SlotCount] = []
     """What has left the hot tables; not among `counts`."""
+    n_dispatched: int = 0
+    """Jobs that were given to pilots in the last `window_s` seconds; 0 from a shard that does not say."""
+    window_s: float = 0.0
 
 
 class CountsAnswer(Answer, frozen=True, kw_only=True):
@@ -804,6 +934,8 @@ class ShardRow(Answer, frozen=True, kw_only=True):
     age_s: float | None
     """Of what is shown; None if it was never heard."""
     answers: bool
+    dispatched_per_s: float | None = None
+    """Jobs given to pilots, the mean of the last minutes, as last heard; None if it was never heard."""
 
 
 class ShardsAnswer(Answer, frozen=True, kw_only=True):

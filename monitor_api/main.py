@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
 from culm import service
-from culm.errors import ClientFault, Conflict
+from culm.errors import Conflict
 from culm.https import POLL_S, Https
 from culm.link import LinkOptions
 from culm.settings import MonitorSettings
@@ -19,6 +19,7 @@ from culm.topology_store import TopologyCache
 from culm.wire import JobsQuery, Principal
 from monitor_api.live import Live
 from monitor_api.pages import COOKIE, Pages
+from monitor_api.queries import ERROR_HOURS, PILE_UP_HOURS, PilotsQuery, hours_of, query_of
 from monitor_api.views import Views
 
 KEYS_POLL_S: Final = 5.0
@@ -26,7 +27,8 @@ MAX_FORM_BYTES: Final = 64 << 10
 WRITE_S: Final = 10.0
 """So long a reader of events may take nothing."""
 
-UseCase = Callable[[Principal, web.Request], Awaitable[msgspec.Struct]]
+UseCase = Callable[[Principal, Mapping[str, str]], Awaitable[msgspec.Struct]]
+"""(who asks, the query)."""
 
 log = logging.getLogger("monitor.main")
 
@@ -84,24 +86,28 @@ class Monitor:
         app.add_routes(
             [
                 *service.health_routes("monitor", self._ready, self._verifier),
-                self._get("counts", lambda who, _request: views.counts(who)),
-                self._get("shards", lambda who, _request: views.shards(who)),
-                self._get("errors", lambda who, request: views.errors(who, _hours(request))),
-                self._get("jobs", lambda who, request: views.jobs(who, _query(request))),
+                *self._get("counts", lambda who, _query: views.counts(who)),
+                *self._get("shards", lambda who, _query: views.shards(who)),
+                *self._get("errors", lambda who, query: views.errors(who, hours_of(query, ERROR_HOURS))),
+                *self._get("jobs", lambda who, query: views.jobs(who, query_of(query, JobsQuery))),
+                *self._get("pile-ups", lambda who, query: views.pile_ups(who, hours_of(query, PILE_UP_HOURS))),
+                *self._get("pilots", lambda who, query: views.pilots(who, query_of(query, PilotsQuery))),
                 web.get("/v1/events", self._events),
                 *Pages(views, self._verifier, secure=secure).routes(),
             ]
         )
         return app
 
-    def _get(self, verb: str, use_case: UseCase) -> web.RouteDef:
+    def _get(self, verb: str, use_case: UseCase) -> list[web.RouteDef]:
+        """A read, under both of its names."""
+
         async def handle(request: web.Request) -> web.Response:
-            request[service.VERB] = verb
+            request[service.VERB] = verb.replace("-", "_")
             who = self._verifier.verify(request.headers.get("Authorization"))
-            answer = await use_case(who, request)
+            answer = await use_case(who, request.query)
             return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
-        return web.get(f"/v1/{verb}", handle)
+        return [web.get(f"/v1/{verb}", handle), web.get(f"/api/v1/{verb}", handle)]
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events; a browser's EventSource shows its token by the cookie of the pages."""
@@ -137,17 +143,3 @@ class Monitor:
 
     async def _ready(self) -> str:
         return "" if self._topology.current.sections else "topology"
-
-
-def _hours(request: web.Request) -> int:
-    text = request.query.get("hours", "24")
-    if not text.isdecimal() or len(text) > 6:
-        raise ClientFault("bad_hours", f"{text[:20]!r} is not a number of hours")
-    return int(text)
-
-
-def _query(request: web.Request) -> JobsQuery:
-    try:
-        return msgspec.convert(dict(request.query), JobsQuery, strict=False)
-    except msgspec.ValidationError as error:
-        raise ClientFault("bad_request", str(error)) from None

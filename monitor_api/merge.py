@@ -5,17 +5,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from culm.states import FINAL
 from culm.topology import Topology
 from culm.wire import (
     CountsAnswer,
     ErrorRow,
+    PileUp,
+    PilotsAnswer,
+    PilotSeen,
     Principal,
+    QueueSeen,
     ShardCountsAnswer,
     ShardErrorsAnswer,
+    ShardPileUpsAnswer,
+    ShardPilotsAnswer,
     ShardRow,
     ShardsAnswer,
     SlotCount,
+    SlotPileUp,
 )
 
 UNPLACED: Final = "(not in the topology)"
@@ -97,6 +106,57 @@ def merge_errors(topology: Topology, answers: Iterable[ShardErrorsAnswer]) -> li
     return sorted(found.values(), key=lambda row: (-row.n_jobs, row.plane, row.code, row.site))
 
 
+def merge_pile_ups(topology: Topology, answers: Iterable[ShardPileUpsAnswer]) -> list[PileUp]:
+    """Pile-ups by site and state, the most jobs above the usual first.
+
+    A site may have several slots, on several shards: the cause is that of the slot with the most jobs above the usual.
+    """
+    parts: dict[tuple[str, str, str], list[tuple[str, SlotPileUp]]] = {}
+    for answer in answers:
+        for one in answer.pile_ups:
+            region, site = place(topology, one.slot)
+            parts.setdefault((region, site, one.state), []).append((answer.shard, one))
+    found = []
+    for (region, site, _), some in parts.items():
+        most = max((one for _, one in some), key=_above)
+        found.append(
+            PileUp(
+                site=site,
+                region=region,
+                state=most.state,
+                n_jobs=sum(one.n_jobs for _, one in some),
+                n_usual=sum(one.n_usual for _, one in some),
+                n_before=sum(one.n_before for _, one in some),
+                cause=most.cause,
+                text=most.text,
+                example=most.example,
+                shards=sorted({shard for shard, _ in some}),
+            )
+        )
+    return sorted(found, key=lambda one: (-_above(one), one.region, one.site, one.state))
+
+
+def merge_pilots(topology: Topology, answers: Iterable[ShardPilotsAnswer], limit: int) -> PilotsAnswer:
+    """Pilots and computing queues over shards: a pilot asks all that have slots of its site, and gets from each."""
+    queues: dict[str, QueueSeen] = {}
+    pilots: dict[tuple[str, str], PilotSeen] = {}
+    window_s, n_left_out = 0.0, 0
+    for answer in answers:
+        window_s, n_left_out = answer.window_s, max(n_left_out, answer.n_left_out)
+        for queue in answer.queues:
+            queues[queue.queue] = _both_queues(queues.get(queue.queue), queue, topology)
+        for pilot in answer.pilots:
+            key = (pilot.queue, pilot.id)
+            pilots[key] = _both_pilots(pilots.get(key), pilot, topology)
+    latest = sorted(pilots.values(), key=lambda one: (-one.last_at, one.queue, one.id))
+    return PilotsAnswer(
+        window_s=window_s,
+        queues=[queues[name] for name in sorted(queues)],
+        pilots=latest[:limit],
+        n_left_out=n_left_out + max(0, len(latest) - limit),
+    )
+
+
 def merge_shards(topology: Topology, heard: Mapping[str, Heard], missing: Iterable[str], now: float) -> ShardsAnswer:
     """Every shard of the topology, with what is known of it."""
     gone = set(missing)
@@ -114,6 +174,7 @@ def merge_shards(topology: Topology, heard: Mapping[str, Heard], missing: Iterab
                     n_active=_active(known.answer.counts) if known else None,
                     age_s=round(now - known.at, 3) if known else None,
                     answers=name not in gone,
+                    dispatched_per_s=_rate(known.answer) if known else None,
                 )
             )
     return ShardsAnswer(epochs=topology.epochs, shards=rows)
@@ -123,6 +184,43 @@ def place(topology: Topology, slot: int) -> tuple[str, str]:
     """The region and the site of a slot, as they are shown."""
     region = topology.region_of_slot.get(slot, UNPLACED)
     return region, topology.site_of_slot.get(slot, REGION_ONLY.format(region=region))
+
+
+def _above(one: SlotPileUp | PileUp) -> int:
+    return one.n_jobs - one.n_usual
+
+
+def _both_queues(before: QueueSeen | None, one: QueueSeen, topology: Topology) -> QueueSeen:
+    if before is None:
+        return msgspec.structs.replace(one, site=topology.site_of_queue.get(one.queue, UNPLACED))
+    last = [at for at in (before.last_asked_at, one.last_asked_at) if at is not None]
+    return msgspec.structs.replace(
+        before,
+        last_asked_at=max(last, default=None),
+        n_pilots=max(before.n_pilots, one.n_pilots),
+        n_asked=max(before.n_asked, one.n_asked),
+        n_given=before.n_given + one.n_given,
+    )
+
+
+def _both_pilots(before: PilotSeen | None, one: PilotSeen, topology: Topology) -> PilotSeen:
+    if before is None:
+        return msgspec.structs.replace(one, site=topology.site_of_queue.get(one.queue, UNPLACED))
+    last = [at for at in (before.last_job_at, one.last_job_at) if at is not None]
+    return msgspec.structs.replace(
+        before,
+        host=max(before, one, key=lambda seen: seen.last_at).host,
+        first_at=min(before.first_at, one.first_at),
+        last_at=max(before.last_at, one.last_at),
+        n_asked=max(before.n_asked, one.n_asked),
+        n_answered=before.n_answered + one.n_answered,
+        n_jobs=before.n_jobs + one.n_jobs,
+        last_job_at=max(last, default=None),
+    )
+
+
+def _rate(answer: ShardCountsAnswer) -> float | None:
+    return answer.n_dispatched / answer.window_s if answer.window_s else None
 
 
 def _active(counts: Iterable[SlotCount]) -> int:

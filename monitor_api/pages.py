@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 from typing import Any, Final
 
-import msgspec
 from aiohttp import web
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -18,6 +17,7 @@ from culm.errors import ClientFault, CulmError
 from culm.states import State
 from culm.tokens import MAX_TOKEN_CHARS, Verifier
 from culm.wire import JobsQuery, Principal
+from monitor_api.queries import ERROR_HOURS, PILE_UP_HOURS, PilotsQuery, filled, hours_of, query_of
 from monitor_api.views import Views
 
 COOKIE: Final = "culm_token"
@@ -59,6 +59,8 @@ class Pages:
             web.get("/jobs", self._page("jobs", self._jobs)),
             web.get("/jobs/{id}", self._page("job", self._job)),
             web.get("/errors", self._page("errors", self._errors)),
+            web.get("/pile-ups", self._page("pile_ups", self._pile_ups)),
+            web.get("/pilots", self._page("pilots", self._pilots)),
             web.get("/shards", self._page("shards", self._shards)),
             web.get("/login", self._login),
             web.post("/login", self._log_in),
@@ -72,11 +74,8 @@ class Pages:
         return "overview.html", {"counts": await self._views.counts(who), "command": "culm counts"}
 
     async def _jobs(self, request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:
-        given = {name: value for name, value in request.query.items() if value}
-        try:
-            query = msgspec.convert({"limit": PAGE_ROWS} | given, JobsQuery, strict=False)
-        except msgspec.ValidationError as error:
-            raise ClientFault("bad_request", str(error)) from None
+        given = filled(request.query)
+        query = query_of({"limit": str(PAGE_ROWS)} | given, JobsQuery)
         page = await self._views.jobs(who, query)
         further = {name: value for name, value in given.items() if name != "after"} | {"after": str(page.next or "")}
         words = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if name in LIST_OPTIONS]
@@ -92,11 +91,21 @@ class Pages:
         return "job.html", {"view": view, "why": why, "command": f"culm job show {text}; culm job why {text}"}
 
     async def _errors(self, request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:
-        hours = request.query.get("hours", "24")
-        if not hours.isdecimal() or len(hours) > 6:
-            raise ClientFault("bad_hours", f"{hours[:20]!r} is not a number of hours")
-        answer = await self._views.errors(who, int(hours))
+        hours = hours_of(request.query, ERROR_HOURS)
+        answer = await self._views.errors(who, hours)
         return "errors.html", {"answer": answer, "command": f"culm errors --hours {hours}"}
+
+    async def _pile_ups(self, request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:
+        hours = hours_of(request.query, PILE_UP_HOURS)
+        answer = await self._views.pile_ups(who, hours)
+        return "pile_ups.html", {"answer": answer, "command": f"culm pile-ups --hours {hours}"}
+
+    async def _pilots(self, request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:
+        query = query_of(filled(request.query), PilotsQuery)
+        answer = await self._views.pilots(who, query)
+        words = ["culm pilot list", *([f"--site {shlex.quote(query.site)}"] if query.site else [])]
+        command = " ".join([*words, f"--minutes {query.minutes}", f"--limit {query.limit}"])
+        return "pilots.html", {"answer": answer, "query": query, "command": command}
 
     async def _shards(self, _request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:
         return "shards.html", {"answer": await self._views.shards(who), "command": "culm shard list"}

@@ -1,6 +1,9 @@
 """What the monitor asks of all shards at once: the use cases behind its JSON answers and its pages."""
 
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, TypeVar
+
+import msgspec
 
 from culm import access, clock
 from culm.errors import ClientFault, CulmError
@@ -14,18 +17,27 @@ from culm.wire import (
     JobsAnswer,
     JobsQuery,
     JobView,
+    PileUpsAnswer,
+    PilotsAnswer,
     Principal,
     ShardCounts,
     ShardCountsAnswer,
     ShardErrors,
     ShardErrorsAnswer,
     ShardJob,
+    ShardPileUps,
+    ShardPileUpsAnswer,
+    ShardPilots,
+    ShardPilotsAnswer,
     ShardsAnswer,
     WhyAnswer,
 )
-from monitor_api.merge import Heard, merge, merge_errors, merge_shards
+from monitor_api.merge import Heard, merge, merge_errors, merge_pile_ups, merge_pilots, merge_shards
+from monitor_api.queries import PilotsQuery
 
 MAX_HOURS: Final = 24 * 30
+
+A = TypeVar("A", bound=msgspec.Struct)
 
 
 class Views:
@@ -58,16 +70,44 @@ class Views:
         access.require_role(who, "user", "admin")
         if not 1 <= hours <= MAX_HOURS:
             raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
-        names = list(self._topology.current.shards)
         call = ShardErrors(principal=who, hours=hours)
-        answers = await self._links.ask_many(
-            [(name, call) for name in names], "errors", ShardErrorsAnswer, self._deadline_s
+        heard, missing = await self._ask_all(self._topology.current.shards, call, "errors", ShardErrorsAnswer)
+        return ErrorsAnswer(hours=hours, errors=merge_errors(self._topology.current, heard), missing_shards=missing)
+
+    async def pile_ups(self, who: Principal, hours: int) -> PileUpsAnswer:
+        """Which state grows where against the last hours, with the likely cause; a user's by the jobs of his VO.
+
+        Raises ClientFault (forbidden, bad_hours). Safe to retry: yes.
+        """
+        access.require_role(who, "user", "admin")
+        if not 1 <= hours <= MAX_HOURS:
+            raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
+        call = ShardPileUps(principal=who, hours=hours)
+        heard, missing = await self._ask_all(self._topology.current.shards, call, "pile_ups", ShardPileUpsAnswer)
+        return PileUpsAnswer(
+            hours=hours,
+            pile_ups=merge_pile_ups(self._topology.current, heard),
+            n_samples={answer.shard: answer.n_samples for answer in heard},
+            missing_shards=missing,
         )
-        heard = [answer for answer in answers if not isinstance(answer, CulmError)]
-        missing = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)]
-        return ErrorsAnswer(
-            hours=hours, errors=merge_errors(self._topology.current, heard), missing_shards=sorted(missing)
-        )
+
+    async def pilots(self, who: Principal, query: PilotsQuery) -> PilotsAnswer:
+        """Who asked for work lately; of a site: for its computing queues. A user's may take jobs of his VO.
+
+        Raises ClientFault (forbidden, unknown_site). Safe to retry: yes.
+        """
+        access.require_role(who, "user", "admin")
+        topology, queues = self._topology.current, None
+        shards = list(topology.shards)
+        if query.site:
+            site = topology.site(query.site)
+            queues = sorted(site.queues)
+            slots = [*site.slots, topology.region(site.region).slot]
+            shards = list(dict.fromkeys(topology.place(slot).shard for slot in slots))
+        call = ShardPilots(principal=who, since_s=60.0 * query.minutes, limit=query.limit, queues=queues)
+        heard, missing = await self._ask_all(shards, call, "pilots", ShardPilotsAnswer)
+        merged = merge_pilots(topology, heard, query.limit)
+        return msgspec.structs.replace(merged, missing_shards=missing)
 
     async def jobs(self, who: Principal, query: JobsQuery) -> JobsAnswer:
         """A page of jobs. Raises ClientFault (forbidden, unknown_site, unknown_region). Safe to retry: yes."""
@@ -89,6 +129,16 @@ class Views:
     def _call(self, who: Principal, identifier: int) -> tuple[str, ShardJob]:
         topology, slot = self._topology.current, slot_of(identifier)
         return topology.place(slot).shard, ShardJob(at=topology.slot(slot), principal=who, id=identifier)
+
+    async def _ask_all(
+        self, shards: Iterable[str], call: msgspec.Struct, verb: str, kind: type[A]
+    ) -> tuple[list[A], list[str]]:
+        """The same of several shards: what they say, and who gave no answer."""
+        names = list(shards)
+        answers = await self._links.ask_many([(name, call) for name in names], verb, kind, self._deadline_s)
+        heard = [answer for answer in answers if not isinstance(answer, CulmError)]
+        missing = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)]
+        return heard, sorted(missing)
 
     async def _ask_counts(self, account: str = "") -> list[str]:
         """Ask all, remember what they say; who gave no answer."""

@@ -4,13 +4,17 @@ Kept in memory, bounded, and touched in passing by every get_job; when a computi
 seconds, so that a restart does not forget it.
 """
 
+import heapq
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final, TypeVar
 
+from culm import access
 from culm.clock import Clock, SystemClock
 from culm.matching import Offer
+from culm.wire import PilotInfo, PilotSeen, QueueSeen, ShardPilots, ShardPilotsAnswer
 from shard.database import Database, Transaction
 
 WINDOW_S: Final = 300.0
@@ -23,6 +27,7 @@ MAX_QUEUES: Final = 20_000
 
 
 K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Recent:
@@ -49,13 +54,29 @@ class Recent:
             self._buckets.popleft()
 
 
+@dataclass(slots=True)
+class _Pilot:
+    """One pilot of a computing queue, since it was first seen."""
+
+    first_at: float
+    last_at: float = 0.0
+    host: str = ""
+    vos: frozenset[str] | None = None
+    """Whose jobs it takes, as it last said; None is any."""
+    n_asked: int = 0
+    n_answered: int = 0
+    n_jobs: int = 0
+    last_job_at: float | None = None
+
+
 @dataclass
 class _Queue:
     last_at: float = 0.0
     """When it last asked, unix time; 0: never."""
     offers: OrderedDict[Offer, float] = field(default_factory=OrderedDict)
     """When each was last made, the latest last."""
-    pilots: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    pilots: OrderedDict[str, _Pilot] = field(default_factory=OrderedDict)
+    """The one that asked last is the last."""
     asked: Recent = field(default_factory=Recent)
     given: Recent = field(default_factory=Recent)
 
@@ -68,25 +89,36 @@ class Askers:
         self._clock: Clock = clock or SystemClock()
         self._queues: OrderedDict[str, _Queue] = OrderedDict()
         self._given_of_slot: dict[int, Recent] = defaultdict(Recent)
+        self._given_in_all = Recent()
         self._unsaved: set[str] = set()
 
-    def asked(self, offer: Offer, pilot: str) -> None:
+    def asked(self, offer: Offer, pilot: PilotInfo) -> None:
         """A get_job came."""
         now, one = self._clock.now(), self._queue(offer.queue)
         one.last_at = now
         one.asked.add(now, 1)
         _touch(one.offers, offer, now, MAX_OFFERS)
-        _touch(one.pilots, pilot, now, MAX_PILOTS)
+        seen = one.pilots.get(pilot.id) or _Pilot(first_at=now)
+        seen.last_at, seen.host, seen.vos = now, pilot.host, offer.vos
+        seen.n_asked += 1
+        _touch(one.pilots, pilot.id, seen, MAX_PILOTS)
         self._unsaved.add(offer.queue)
 
-    def given(self, queue: str, slots: Iterable[int]) -> None:
-        """A claim gave jobs to a computing queue; the slot of each."""
+    def given(self, queue: str, pilot: str, slots: Iterable[int]) -> None:
+        """A claim gave jobs to a pilot of a computing queue; the slot of each."""
         now = self._clock.now()
         n_jobs = 0
         for slot, n in Counter(slots).items():
             self._given_of_slot[slot].add(now, n)
             n_jobs += n
-        self._queue(queue).given.add(now, n_jobs)
+        one = self._queue(queue)
+        one.given.add(now, n_jobs)
+        self._given_in_all.add(now, n_jobs)
+        seen = one.pilots.get(pilot)
+        if seen is not None and n_jobs:
+            seen.n_answered += 1
+            seen.n_jobs += n_jobs
+            seen.last_job_at = now
 
     def last_at(self, queue: str) -> float:
         """When a computing queue last asked here, unix time; 0 if it never did."""
@@ -101,7 +133,9 @@ class Askers:
     def n_pilots(self, queue: str) -> int:
         """How many different pilots of it asked lately (at most 1,000 are told apart)."""
         known, since = self._queues.get(queue), self._clock.now() - WINDOW_S
-        return sum(at >= since for at in known.pilots.values()) if known is not None else 0
+        if known is None:
+            return 0
+        return sum(1 for _ in takewhile(lambda one: one.last_at >= since, reversed(known.pilots.values())))
 
     def n_asked(self, queue: str) -> int:
         """How often it asked lately."""
@@ -117,6 +151,43 @@ class Askers:
         """How many jobs of a slot were dispatched lately."""
         known = self._given_of_slot.get(slot)
         return known.total(self._clock.now()) if known is not None else 0
+
+    def n_given_in_all(self) -> int:
+        """How many jobs were dispatched lately, of all slots."""
+        return self._given_in_all.total(self._clock.now())
+
+    async def seen(self, shard: str, call: ShardPilots) -> ShardPilotsAnswer:
+        """The pilots that asked lately, the latest first; a user's are those that may take jobs of his VO.
+
+        Raises ClientFault(forbidden). Safe to retry: yes.
+        """
+        access.require_role(call.principal, "user", "admin")
+        since, is_user, vo = self._clock.now() - call.since_s, call.principal.role == "user", call.principal.vo
+        names = sorted(self._queues.keys() if call.queues is None else self._queues.keys() & set(call.queues))
+        found: list[tuple[float, str, str]] = []
+        for name in names:
+            for pilot, one in reversed(self._queues[name].pilots.items()):
+                if one.last_at < since:
+                    break
+                if not is_user or one.vos is None or vo in one.vos:
+                    found.append((one.last_at, name, pilot))
+        latest = heapq.nlargest(call.limit, found)
+        return ShardPilotsAnswer(
+            shard=shard,
+            window_s=WINDOW_S,
+            queues=[
+                QueueSeen(
+                    queue=name,
+                    last_asked_at=self.last_at(name) or None,
+                    n_pilots=self.n_pilots(name),
+                    n_asked=self.n_asked(name),
+                    n_given=self.n_given(name),
+                )
+                for name in names
+            ],
+            pilots=[_shown(pilot, name, self._queues[name].pilots[pilot]) for _, name, pilot in latest],
+            n_left_out=len(found) - len(latest),
+        )
 
     async def load(self) -> None:
         """Remember what was stored. Raises Unavailable. Safe to retry: yes."""
@@ -143,8 +214,22 @@ class Askers:
         return one
 
 
-def _touch(known: OrderedDict[K, float], key: K, now: float, most: int) -> None:
-    known[key] = now
+def _shown(identifier: str, queue: str, one: _Pilot) -> PilotSeen:
+    return PilotSeen(
+        id=identifier,
+        host=one.host,
+        queue=queue,
+        first_at=one.first_at,
+        last_at=one.last_at,
+        n_asked=one.n_asked,
+        n_answered=one.n_answered,
+        n_jobs=one.n_jobs,
+        last_job_at=one.last_job_at,
+    )
+
+
+def _touch(known: OrderedDict[K, V], key: K, value: V, most: int) -> None:
+    known[key] = value
     known.move_to_end(key)
     if len(known) > most:
         known.popitem(last=False)

@@ -140,7 +140,7 @@ class Dispatcher:
         return self._join(call, key)
 
     def _join(self, call: ShardGetJob, key: tuple[str, str]) -> "asyncio.Future[GetJobAnswer]":
-        self._parts.askers.asked(call.offer, call.pilot.id)
+        self._parts.askers.asked(call.offer, call.pilot)
         loop = asyncio.get_running_loop()
         request = self._requests.get(key)
         if request is None:
@@ -336,7 +336,8 @@ class Dispatcher:
                 self._fail(request, seat.refusal)
             elif seat.grants:
                 _DISPATCHED.inc(len(seat.taken))
-                self._parts.askers.given(seat.call.offer.queue, (key.slot for key in seat.taken))
+                slots = (key.slot for key in seat.taken)
+                self._parts.askers.given(seat.call.offer.queue, seat.call.pilot.id, slots)
                 full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
                 request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))

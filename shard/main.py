@@ -25,8 +25,10 @@ from shard.lifecycle import Lifecycle
 from shard.migrate import migrate
 from shard.obstacles import Obstacles
 from shard.ownership import Ownership
+from shard.pile_ups import PileUps
 from shard.reaper import Reaper
 from shard.refill import Refill
+from shard.samples import Samples
 from shard.shelf import Shelf
 from shard.signs import Signs
 from shard.terms import Terms
@@ -35,6 +37,8 @@ from shard.why import Why
 
 START_PAUSE_S = 0.2
 ASKERS_SAVE_S = 5.0
+SAMPLES_LOOK_S = 30.0
+"""How often it is looked whether another hour has begun."""
 SLOW_TURNS = 60
 """Old jobs are looked for once in so many turns of the reaper."""
 
@@ -85,6 +89,7 @@ class Shard:
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
         why = Why(self.database, self.classes, self.askers, obstacles)
+        self.samples = Samples(self.database, settings.samples_kept_hours)
         cases = UseCases(
             settings.name,
             self.database,
@@ -96,6 +101,8 @@ class Shard:
             why,
             self.happenings,
             self.archive,
+            self.askers,
+            PileUps(self.database, self.samples, why),
         )
         self.verbs = Verbs(cases)
         self.link = LinkServer(settings.name, self.verbs.handle, self.verbs.undelivered, self.verbs.begin)
@@ -149,6 +156,7 @@ class Shard:
         self._loops.every(self.settings.archive.interval_s, "archive", self.archive.turn)
         self._loops.every(self.settings.topology_poll_s, "bans", self.bans.turn)
         self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
+        self._loops.every(SAMPLES_LOOK_S, "samples", self.samples.turn)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "old_errors", self.reaper.drop_old_errors)

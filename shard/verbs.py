@@ -19,6 +19,7 @@ from culm.wire import (
     ShardArchiveAnswer,
     ShardCancel,
     ShardCounts,
+    ShardCountsAnswer,
     ShardDepths,
     ShardErrors,
     ShardExport,
@@ -27,6 +28,8 @@ from culm.wire import (
     ShardHeartbeat,
     ShardJob,
     ShardJobs,
+    ShardPileUps,
+    ShardPilots,
     ShardRelease,
     ShardReleaseAnswer,
     ShardReport,
@@ -35,11 +38,13 @@ from culm.wire import (
 )
 from shard import reads
 from shard.archive import Archive
+from shard.askers import WINDOW_S, Askers
 from shard.database import Database
 from shard.dispatch import Dispatcher
 from shard.happenings import Happenings
 from shard.intake import Intake
 from shard.lifecycle import Lifecycle
+from shard.pile_ups import PileUps
 from shard.signs import Signs
 from shard.why import Why
 
@@ -64,6 +69,8 @@ class UseCases:
     why: Why
     happenings: Happenings
     archive: Archive
+    askers: Askers
+    pile_ups: PileUps
 
 
 class Verbs:
@@ -86,7 +93,9 @@ class Verbs:
             "archive": _entry(ShardArchive, self._archive),
             "export": _entry(ShardExport, self._export),
             "happenings": _entry(ShardHappenings, cases.happenings.since),
-            "counts": _entry(ShardCounts, lambda call: reads.read_counts(database, cases.name, call)),
+            "counts": _entry(ShardCounts, self._counts),
+            "pile_ups": _entry(ShardPileUps, lambda call: cases.pile_ups.judge(topology(), cases.name, call)),
+            "pilots": _entry(ShardPilots, lambda call: cases.askers.seen(cases.name, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
         }
@@ -147,6 +156,11 @@ class Verbs:
         return ShardArchiveAnswer(
             shard=self._cases.name, n_moved=n_moved, n_dropped=n_dropped, partitions=await archive.partitions()
         )
+
+    async def _counts(self, call: ShardCounts) -> ShardCountsAnswer:
+        answer = await reads.read_counts(self._cases.database, self._cases.name, call)
+        n_dispatched = self._cases.askers.n_given_in_all()
+        return msgspec.structs.replace(answer, n_dispatched=n_dispatched, window_s=WINDOW_S)
 
     async def _export(self, call: ShardExport) -> ExportAnswer:
         access.require_role(call.principal, "admin")

@@ -5,9 +5,10 @@ fits, the job waits its turn, and that is the whole answer; else each computing 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from culm import access
@@ -15,11 +16,12 @@ from culm.errors import ClientFault
 from culm.matching import Offer, Requirements, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
-from culm.wire import QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
+from culm.wire import Principal, QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
 from shard.archive import find_archived
 from shard.askers import WINDOW_S, Askers
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
+from shard.growth import Asking
 from shard.hints import ClassKey
 from shard.obstacles import NO_QUEUE, Obstacles
 
@@ -27,6 +29,8 @@ MAX_AHEAD: Final = 10_000
 MAX_REASONS: Final = 50
 MAX_CLASSES: Final = 200
 """Classes that are looked at for what a computing queue is refused for."""
+MAX_OFFERS: Final = 64
+"""Offers that the classes of one slot are held against when it is asked why it piles up."""
 CLASSES_PER_STATEMENT: Final = 100
 _MICROSECONDS: Final = 1_000_000
 _AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
@@ -52,7 +56,7 @@ class _Place:
 
 
 class Why:
-    """The two use cases."""
+    """The use cases."""
 
     def __init__(self, database: Database, classes: ClassRegistry, askers: Askers, obstacles: Obstacles) -> None:
         self._database = database
@@ -89,11 +93,45 @@ class Why:
         site = topology.site(call.site)
         slots = {*site.slots, topology.region(site.region).slot}
         keys = [key for key in self._classes.active() if key.slot in slots]
-        seen = [(key, needs) for key in keys if (needs := self._classes.needs(key)) is not None]
-        if call.principal.role == "user":
-            seen = [(key, needs) for key, needs in seen if needs.vo == call.principal.vo]
-        found = [await self._of_queue(name, queue, seen[:MAX_CLASSES]) for name, queue in sorted(site.queues.items())]
+        seen = self._visible(keys, call.principal)
+        found = [await self._of_queue(name, queue, seen) for name, queue in sorted(site.queues.items())]
         return SiteWhyAnswer(site=call.site, window_s=WINDOW_S, queues=found)
+
+    async def asking(self, topology: Topology, slot: int, who: Principal) -> Asking:
+        """What is known of the pilots that may take from a slot; a user's are held against jobs of his VO.
+
+        Raises Unavailable. Safe to retry: yes.
+        """
+        queues, askers = self._obstacles.queues(topology, slot), self._askers
+        online = [name for name, queue in queues.items() if queue.status != "offline"]
+        asking = [name for name in online if askers.offers(name)]
+        each = max(1, MAX_OFFERS // max(1, len(asking)))
+        offers = [offer for name in asking for offer in askers.offers(name)[:each]][:MAX_OFFERS]
+        seen = self._visible([key for key in self._classes.active() if key.slot == slot], who)
+        refused: dict[tuple[str, str, str], list[ClassKey]] = {}
+        n_refused = 0
+        for key, needs in seen if offers else ():
+            nearest = min((refusals(needs, offer) for offer in offers), key=len)
+            n_refused += bool(nearest)
+            for one in nearest:
+                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+        most = max(refused.items(), key=lambda item: len(item[1]), default=None)
+        return Asking(
+            n_queues=len(queues),
+            n_offline=len(queues) - len(online),
+            reason=next((queue.reason for queue in queues.values() if queue.status == "offline" and queue.reason), ""),
+            n_asked=sum(map(askers.n_asked, online)),
+            n_pilots=sum(map(askers.n_pilots, online)),
+            last_at=max(map(askers.last_at, online), default=0.0),
+            n_classes=len(seen),
+            n_refused=n_refused,
+            refused=await self._told(*most) if most is not None else None,
+        )
+
+    def _visible(self, keys: Iterable[ClassKey], who: Principal) -> list[tuple[ClassKey, Requirements]]:
+        """The first of these classes that are known here; a user's are of his VO."""
+        seen = ((key, needs) for key in keys if (needs := self._classes.needs(key)) is not None)
+        return list(islice((one for one in seen if who.role != "user" or one[1].vo == who.vo), MAX_CLASSES))
 
     # --- one job
 
@@ -137,13 +175,7 @@ class Why:
             per_offer = [refusals(needs, offer) for offer in offers]
             for one in min(per_offer, key=len):
                 refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
-        told = []
-        for (code, needed, offered), keys in sorted(refused.items()):
-            best = await self._database.run("user", partial(_best, key=keys[0]))
-            if best:
-                told.append(
-                    Refused(code=code, needed=needed, offered=offered, n_classes=len(keys), example=best[0][0])  # type: ignore[arg-type]
-                )
+        told = [await self._told(*item) for item in sorted(refused.items())]
         return QueueWhy(
             queue=name,
             status=queue.status,
@@ -152,8 +184,16 @@ class Why:
             n_pilots=askers.n_pilots(name),
             n_asked=askers.n_asked(name),
             n_given=askers.n_given(name),
-            refused=told,
+            refused=[one for one in told if one is not None],
         )
+
+    async def _told(self, what: tuple[str, str, str], keys: Sequence[ClassKey]) -> Refused | None:
+        """A refusal with one of its jobs; None where those are gone."""
+        best = await self._database.run("user", partial(_best, key=keys[0]))
+        if not best:
+            return None
+        code, needed, offered = what
+        return Refused(code=code, needed=needed, offered=offered, n_classes=len(keys), example=best[0][0])  # type: ignore[arg-type]
 
     async def _archived(self, identifier: int) -> list[Row]:
         """The columns of `read_place` of a job that has ended long ago."""

@@ -87,7 +87,7 @@ def router(folder: Path, role: str = "user", *, authority: str = CENTRAL) -> Cli
     return Client(url, token(folder, role, authority), patience_s=10.0)
 
 
-def monitor(folder: Path, authority: str = CENTRAL) -> Client:
+def monitor(folder: Path, authority: str = CENTRAL, *, patience_s: float = 10.0) -> Client:
     """A client of an authority's monitor. Raises Unavailable(not_running)."""
     url = control.running(folder, authority).monitor_url
-    return Client(url, token(folder, "admin", authority), patience_s=10.0)
+    return Client(url, token(folder, "admin", authority), patience_s=patience_s)

@@ -1,12 +1,16 @@
-"""`culm pilot run|build`."""
+"""`culm pilot run|build|list`."""
 
+import asyncio
 import os
 import sys
 from pathlib import Path
 
 import click
+import msgspec
+from rich.table import Table
 
-from ops.cli.options import AUTHORITY, DIR
+from culm.wire import PilotsAnswer
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
 from ops.cluster import control
 from ops.pilot_zipapp import build as build_zipapp
 
@@ -57,3 +61,46 @@ def build(target: Path) -> None:
         click.echo(build_zipapp(target))
     except OSError as error:
         raise click.ClickException(f"{target} cannot be written: {error.strerror}") from None
+
+
+@pilot.command("list")
+@DIR
+@AUTHORITY
+@OUTPUT
+@click.option("--site", default="", help="For the computing queues of this site.")
+@click.option(
+    "--minutes", type=click.IntRange(1, 1440), default=60, show_default=True, help="Asked in the last so many."
+)
+@click.option("--limit", type=click.IntRange(1, 1000), default=200, show_default=True)
+def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes: int, limit: int) -> None:
+    """List the pilots that asked for work lately, the latest first: where, how often, and what they got.
+
+    Counts of a pilot are from when a shard first saw it; a shard that was restarted begins anew.
+
+    \b
+    Examples:
+      culm pilot list
+      culm pilot list --site BNL --minutes 10 -o json
+    """
+
+    async def ask() -> PilotsAnswer:
+        async with monitor(folder, authority) as client:
+            return await client.pilots(site=site, minutes=minutes, limit=limit)
+
+    answer = asyncio.run(ask())
+    if output == "json":
+        click.echo(msgspec.json.encode(answer))
+        return
+    if answer.pilots:
+        table = Table("pilot", "host", "site", "queue", "last asked", "requests", "with jobs", "jobs", "last job")
+        for row in answer.pilots:
+            numbers = (str(row.n_asked), str(row.n_answered), str(row.n_jobs))
+            last = utc(row.last_job_at) if row.last_job_at else "never"
+            table.add_row(row.id, row.host, row.site, row.queue, utc(row.last_at), *numbers, last)
+        console().print(table)
+    else:
+        click.echo(f"no pilot asked in the last {minutes} minutes")
+    if answer.n_left_out:
+        click.echo(f"at least {answer.n_left_out} more are not shown (--limit)", err=True)
+    if answer.missing_shards:
+        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)

@@ -413,6 +413,39 @@ WHERE hour >= %s AND (%s = 0 OR vo = %s) GROUP BY slot, plane, code ORDER BY n_e
 -- name: drop_old_errors
 DELETE FROM error_tally WHERE hour < %s LIMIT 1000
 
+-- ---- samples of the tallies, and what they are judged by
+
+-- name: read_sampled
+SELECT hour, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at) FROM sampled WHERE hour >= %s ORDER BY hour
+
+-- name: insert_sampled
+INSERT INTO sampled (hour, at) VALUES (%s, UTC_TIMESTAMP(6))
+
+-- name: insert_samples
+INSERT INTO tally_sample (hour, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
+
+-- Of each slot and state: the sum over several hours, and what the first and the last of them had.
+-- name: sampled_levels
+SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(IF(hour = %s, n, 0)) FROM tally_sample
+WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) GROUP BY slot, state
+
+-- name: drop_old_samples
+DELETE FROM tally_sample WHERE hour < %s ORDER BY hour LIMIT 5000
+
+-- name: drop_old_sampled
+DELETE FROM sampled WHERE hour < %s
+
+-- Of the newest leases of a slot: how many are of jobs in a state, and how many of those have used up three quarters of
+-- the time between two heartbeats.
+-- name: silent_leases
+SELECT COUNT(*), COALESCE(SUM(some.expires_at < DATE_ADD(UTC_TIMESTAMP(6), INTERVAL some.heartbeat_s / 4 SECOND)), 0)
+FROM (SELECT id, expires_at, heartbeat_s FROM lease WHERE id BETWEEN %s AND %s ORDER BY id DESC LIMIT %s) AS some
+STRAIGHT_JOIN job ON job.id = some.id AND job.state = %s AND (%s = 0 OR job.vo = %s)
+
+-- name: slot_errors
+SELECT plane, code, SUM(n) AS n_errors, MAX(example) FROM error_tally
+WHERE hour >= %s AND slot = %s AND (%s = 0 OR vo = %s) GROUP BY plane, code ORDER BY n_errors DESC, plane, code LIMIT 1
+
 -- name: database_time
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))
 

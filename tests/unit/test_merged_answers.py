@@ -1,5 +1,7 @@
 """What a router and a monitor make of the answers of several shards."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -8,15 +10,20 @@ from culm.states import State
 from culm.topology import Placement, Queue, Region, Section, Shard, Site, Topology
 from culm.wire import (
     JobSpec,
+    PilotSeen,
     Principal,
+    QueueSeen,
     ShardCountsAnswer,
+    ShardPileUpsAnswer,
+    ShardPilotsAnswer,
     ShardSubmitAnswer,
     SlotCount,
     SlotJobs,
+    SlotPileUp,
     SlotRef,
     SubmitAnswer,
 )
-from monitor_api.merge import UNPLACED, Heard, merge
+from monitor_api.merge import UNPLACED, Heard, merge, merge_pile_ups, merge_pilots, merge_shards
 from router.resolve import ShardPart
 from router.submit import _merge
 
@@ -167,3 +174,73 @@ def test_a_user_is_shown_the_counts_of_his_vo_and_of_accounts_his_own() -> None:
     everything = merge(topology(), {"a": Heard(answer, 1.0)}, [], 1.0, ADMIN)
     assert everything.by_vo == {"atlas": {"running": 3}, "cms": {"running": 40}}
     assert list(everything.active_by_owner) == ["central:bob", "central:ann"]
+
+
+def test_shards_tell_their_dispatch_rate_and_an_older_one_none() -> None:
+    said = ShardCountsAnswer(shard="a", at=0.0, counts=[], n_dispatched=30, window_s=300.0)
+    older = ShardCountsAnswer(shard="b", at=0.0, counts=[])
+    rows = merge_shards(topology(), {"a": Heard(said, 1.0), "b": Heard(older, 1.0)}, [], 1.0).shards
+    assert {row.name: row.dispatched_per_s for row in rows} == {"a": 0.1, "b": None}
+
+
+# --- pile-ups and pilots --------------------------------------------------------------------------------------------
+
+
+def pile_up(slot: int, n_jobs: int, n_usual: int, text: str, state: State = State.ACTIVATED) -> SlotPileUp:
+    return SlotPileUp(
+        slot=slot, state=state, n_jobs=n_jobs, n_usual=n_usual, n_before=1, cause="no_pilot_asked", text=text, example=9
+    )
+
+
+def test_pile_ups_of_a_site_on_two_shards_are_one_with_the_cause_of_the_larger() -> None:
+    found = merge_pile_ups(
+        topology(),
+        [
+            ShardPileUpsAnswer(shard="a", n_samples=3, pile_ups=[pile_up(5, 100, 90, "a"), pile_up(0, 70, 10, "any")]),
+            ShardPileUpsAnswer(
+                shard="b", n_samples=3, pile_ups=[pile_up(6, 60, 10, "b"), pile_up(6, 30, 10, "sent", State.SENT)]
+            ),
+        ],
+    )
+    assert [(one.site, one.region, one.state, one.n_jobs, one.n_usual, one.n_before, one.shards) for one in found] == [
+        ("(any site of US)", "US", "activated", 70, 10, 1, ["a"]),
+        ("BNL", "US", "activated", 160, 100, 2, ["a", "b"]),
+        ("BNL", "US", "sent", 30, 10, 1, ["b"]),
+    ]
+    assert (found[1].text, found[1].example) == ("b", 9)
+
+
+def pilot(name: str, at: float, **changes: Any) -> PilotSeen:
+    values = {"id": name, "host": "h", "queue": "q", "first_at": at, "last_at": at} | {"n_asked": 1, "n_answered": 0}
+    return PilotSeen(**(values | {"n_jobs": 0} | changes))
+
+
+def of_pilots(shard: str, *pilots: PilotSeen, n_left_out: int = 0, n_given: int = 0) -> ShardPilotsAnswer:
+    queue = QueueSeen(queue="q", last_asked_at=pilots[0].last_at, n_pilots=2, n_asked=7, n_given=n_given)
+    return ShardPilotsAnswer(shard=shard, window_s=300.0, queues=[queue], pilots=list(pilots), n_left_out=n_left_out)
+
+
+def test_a_pilot_that_asks_two_shards_is_one_pilot() -> None:
+    here = pilot("p1", 10.0, host="old", first_at=5.0, n_asked=4, n_answered=1, n_jobs=3, last_job_at=9.0)
+    there = pilot("p1", 12.0, host="new", n_asked=3, n_answered=1, n_jobs=1, last_job_at=8.0)
+    merged = merge_pilots(topology(), [of_pilots("a", here, n_given=3), of_pilots("b", there, n_given=1)], 10)
+    [one] = merged.pilots
+    assert one == pilot(
+        "p1", 12.0, host="new", first_at=5.0, n_asked=4, n_answered=2, n_jobs=4, last_job_at=9.0, site="BNL"
+    )
+    [queue] = merged.queues
+    assert (queue.site, queue.last_asked_at, queue.n_pilots, queue.n_asked, queue.n_given) == ("BNL", 12.0, 2, 7, 4)
+
+
+def test_the_latest_pilots_are_shown_and_the_others_counted() -> None:
+    answers = [
+        of_pilots("a", *(pilot(f"p{n}", float(n)) for n in range(4)), n_left_out=5),
+        of_pilots("b", pilot("x", 9)),
+    ]
+    merged = merge_pilots(topology(), answers, 2)
+    assert ([one.id for one in merged.pilots], merged.n_left_out, merged.window_s) == (["x", "p3"], 8, 300.0)
+
+
+def test_a_queue_that_is_not_in_the_topology_any_more_is_said_to_be_so() -> None:
+    merged = merge_pilots(topology(), [of_pilots("a", pilot("p1", 1.0, queue="gone"))], 2)
+    assert [one.site for one in merged.pilots] == [UNPLACED]

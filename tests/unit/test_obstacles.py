@@ -8,7 +8,7 @@ import pytest
 from culm.matching import Offer, Requirements
 from culm.settings import DatabaseSettings
 from culm.topology import Placement, Queue, Region, Section, Shard, Site, Topology
-from culm.wire import MAX_WARNINGS
+from culm.wire import MAX_WARNINGS, PilotInfo
 from shard import obstacles
 from shard.askers import Askers
 from shard.database import Database
@@ -38,7 +38,7 @@ def askers() -> Askers:
 
 def asks(askers: Askers, queue: str, **offer: Any) -> None:
     values: dict[str, Any] = {"labels": frozenset({"user"}), "cores": 1}
-    askers.asked(Offer(queue=queue, **(values | offer)), "p1")
+    askers.asked(Offer(queue=queue, **(values | offer)), PilotInfo(id="p1"))
 
 
 def needs(**changes: Any) -> Requirements:
