@@ -22,6 +22,9 @@ BATCH: Final = 200
 LOOK_S: Final = 30.0
 """Between two looks at the same bans."""
 ACTOR: Final = "bans"
+_Place = tuple[str, int]
+"""Of a job among its owner's: when it was made, its id."""
+_BEFORE_ALL: Final[_Place] = ("1970-01-01", 0)
 
 
 class Bans:
@@ -40,32 +43,39 @@ class Bans:
         self._topology = topology
         self._notices = notices
         self._clock: Clock = clock or SystemClock()
-        self._seen: frozenset[str] | None = None
+        self._seen: frozenset[tuple[str, str]] | None = None
         self._next_look = 0.0
 
     async def turn(self) -> None:
         """Hold back and let go. Raises Unavailable, Moved. Safe to retry: yes."""
-        topology = self._topology()
-        banned = frozenset(account for section in topology.sections.values() for account in section.banned)
+        topology, authorities = self._topology(), {authority_of_slot(slot) for slot in self._ownership.open}
+        bans = frozenset(
+            (name, account)
+            for name, section in topology.sections.items()
+            for account in section.banned
+            if name in authorities or account.partition(":")[0] == name
+        )
         now = self._clock.monotonic()
-        if banned == self._seen and now < self._next_look:
+        if bans == self._seen and now < self._next_look:
             return
         held = {row[0] for row in await self._database.run("read", lambda tx: tx.fetch("held_owners"))}
-        for owner in sorted(held - banned):
-            await self._each(owner, "held_of_owner", Event.LET_GO, "the ban was lifted")
-            await self._database.run("write", partial(_forget, owner=owner))
-        for owner in sorted(banned):
+        for owner in sorted(held):
+            if await self._each(owner, "held_of_owner", Event.LET_GO, "the ban was lifted"):
+                await self._database.run("write", partial(_forget, owner=owner))
+        for owner in sorted({account for _, account in bans}):
             await self._each(owner, "ready_of_owner", Event.HOLD_BACK, "the owner is banned")
-        self._seen, self._next_look = banned, now + LOOK_S
+        self._seen, self._next_look = bans, now + LOOK_S
 
-    async def _each(self, owner: str, statement: str, event: Event, detail: str) -> None:
-        after = 0
+    async def _each(self, owner: str, statement: str, event: Event, detail: str) -> bool:
+        """Whether it concerned all that there were."""
+        after, all_of_them = _BEFORE_ALL, True
         while True:
             rows = await self._database.run("read", partial(_find, statement=statement, owner=owner, after=after))
             if not rows:
-                return
+                return all_of_them
             after = rows[-1]
-            ids = [identifier for identifier in rows if self._concerns(owner, identifier, event)]
+            ids = [identifier for _, identifier in rows if self._concerns(owner, identifier, event)]
+            all_of_them = all_of_them and len(ids) == len(rows)
             if ids:
                 gone, came = await self._database.run(
                     "write", partial(self._make, owner=owner, ids=ids, what=(event, detail))
@@ -78,7 +88,8 @@ class Bans:
         slot = slot_of(identifier)
         if slot not in self._ownership.open:
             return False
-        return event is Event.LET_GO or self._topology().ban_of(owner, authority_of_slot(slot)) is not None
+        is_banned = self._topology().ban_of(owner, authority_of_slot(slot)) is not None
+        return is_banned == (event is Event.HOLD_BACK)
 
     async def _make(
         self, tx: Transaction, owner: str, ids: Sequence[int], what: tuple[Event, str]
@@ -96,8 +107,9 @@ class Bans:
         return [job.hint for job in jobs if event is Event.HOLD_BACK], came
 
 
-async def _find(tx: Transaction, statement: str, owner: str, after: int) -> list[int]:
-    return [row[0] for row in await tx.fetch(statement, owner, after, BATCH)]
+async def _find(tx: Transaction, statement: str, owner: str, after: _Place) -> list[_Place]:
+    at, identifier = after
+    return [(row[0], row[1]) for row in await tx.fetch(statement, owner, at, at, identifier, BATCH)]
 
 
 async def _forget(tx: Transaction, owner: str) -> None:
