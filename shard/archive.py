@@ -7,14 +7,14 @@ is killed. What is asked of an archived job is answered as when it was hot: read
 import datetime
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
 import msgspec
 from prometheus_client import Counter as Metric
 
-from culm.errors import ClientFault
+from culm.errors import ClientFault, CulmError, Moved, Unavailable
 from culm.ids import id_range
 from culm.settings import ArchiveSettings
 from culm.states import FINAL, State
@@ -25,6 +25,12 @@ from shard.transitions import Counted, add_to_tallies, lock_jobs, lock_slots
 
 MAX_EXAMINED: Final = 5000
 """Rows that one turn goes through in search of old jobs."""
+MOVED_BYTES: Final = 4 << 20
+"""As stored, of one transaction; one job always fits. A statement has them once, and escaped at most doubled."""
+RETRY_S: Final = 600.0
+"""A job that could not move alone is left alone for so long."""
+MAX_LEFT: Final = 10_000
+"""Of those jobs that are kept in mind."""
 EXPORTED_PER_PAGE: Final = 500
 EXPORTED_BYTES: Final = 2 << 20
 """As stored, of one page of an export; one job always fits."""
@@ -35,6 +41,7 @@ _FINAL: Final = tuple(sorted(FINAL))
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 _MOVED: Final = Metric("culm_archived_jobs_total", "Jobs that went into the archive")
+LEFT: Final = Metric("culm_archive_failures_total", "Left by the pass: a slot this time, or a job", ["what"])
 
 log = logging.getLogger("shard.archive")
 
@@ -71,6 +78,8 @@ class Archive:
         self._settings = settings
         self._looked_at: dict[int, int] = {}
         """By slot, the last id up to which was looked."""
+        self._left: dict[int, float] = {}
+        """Jobs that could not move alone, and the monotonic time when they are tried again."""
         self._months: set[str] = set()
 
     async def turn(self) -> int:
@@ -80,11 +89,19 @@ class Archive:
     async def move(self, older_s: float) -> int:
         """Move a batch per open slot of what ended longer ago than this; how many went.
 
+        A slot that fails holds up no other; its error is raised where nothing moved at all.
         Raises Unavailable, Moved. Safe to retry: yes.
         """
-        n_moved = 0
+        n_moved, failed = 0, list[CulmError]()
         for slot, epoch in dict(self._ownership.open).items():
-            n_moved += await self._move_of(SlotRef(slot, epoch), older_s)
+            try:
+                n_moved += await self._move_of(SlotRef(slot, epoch), older_s)
+            except CulmError as error:
+                LEFT.labels("slot").inc()
+                log.warning("slot %d: %s", slot, error)
+                failed.append(error)
+        if failed and not n_moved:
+            raise failed[0]
         return n_moved
 
     async def partitions(self) -> list[ArchivePartition]:
@@ -137,13 +154,7 @@ class Archive:
         rows = await self._database.run(
             "user", lambda tx: tx.fetch("next_archived", since, bounds[number], after, EXPORTED_PER_PAGE + 1)
         )
-        ids: list[int] = []
-        n_bytes = 0
-        for identifier, size in rows[:EXPORTED_PER_PAGE]:
-            n_bytes += size
-            if ids and n_bytes > EXPORTED_BYTES:
-                break
-            ids.append(identifier)
+        ids = next(_fitting(rows[:EXPORTED_PER_PAGE], EXPORTED_BYTES), [])
         found = await self._database.run("user", lambda tx: find_archived(tx, ids)) if ids else {}
         return [found[one] for one in ids if one in found], ids[-1] if len(ids) < len(rows) else None
 
@@ -157,15 +168,43 @@ class Archive:
             "read", lambda tx: tx.fetch("old_final", first, until, _FINAL, older_s, n_batch)
         )
         ids = [row[0] for row in rows]
+        n_moved = 0
         if ids:
             await self._make_months()
-            months = sorted(filter(None, map(_number, self._months)))
-            await self._database.run("write", partial(_move, at=at, ids=ids, months=months))
-            _MOVED.inc(len(ids))
-        if len(ids) < n_batch:
+            sizes = await self._database.run("read", lambda tx: tx.fetch("sizes_of", *[tuple(ids)] * 4))
+            for some in _fitting([(one, int(size)) for one, size in sizes if not self._is_left(one)], MOVED_BYTES):
+                n_moved += await self._move_some(at, some)
+        if len(ids) == n_batch:
+            self._looked_at[at.slot] = ids[-1]
+        else:
             # At the end it begins anew.
             self._looked_at[at.slot] = until if stop else 0
+        return n_moved
+
+    async def _move_some(self, at: SlotRef, ids: Sequence[int]) -> int:
+        """Move these together; where that cannot be, each alone, and leave the one that cannot move."""
+        months = sorted(filter(None, map(_number, self._months)))
+        try:
+            await self._database.run("write", partial(_move, at=at, ids=ids, months=months))
+        except (Unavailable, Moved):
+            raise
+        except Exception:  # whatever is wrong with one job must not keep all others out of the archive
+            if len(ids) > 1:
+                return sum([await self._move_some(at, [one]) for one in ids])
+            LEFT.labels("job").inc()
+            log.exception("job %d cannot be archived", ids[0])
+            if len(self._left) >= MAX_LEFT:
+                self._left.clear()
+            self._left[ids[0]] = self._database.clock.monotonic() + RETRY_S
+            return 0
+        _MOVED.inc(len(ids))
         return len(ids)
+
+    def _is_left(self, identifier: int) -> bool:
+        if self._left.get(identifier, 0.0) > self._database.clock.monotonic():
+            return True
+        self._left.pop(identifier, None)
+        return False
 
     async def _make_months(self) -> None:
         """The partitions up to some months ahead; a job that ended can be older than any, never younger."""
@@ -220,6 +259,19 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
         await tx.execute(statement, gone)
     await add_to_tallies(tx, tally, Counter())
     await tx.execute_rows("add_to_archive_tally", [(*key, n) for key, n in sorted(of_months.items())])
+
+
+def _fitting(sizes: Iterable[Sequence[int]], n_bytes: int) -> Iterator[list[int]]:
+    """Ids in their order, in parts of so many bytes by the size of each; one always fits."""
+    part, total = list[int](), 0
+    for identifier, size in sizes:
+        total += size
+        if part and total > n_bytes:
+            yield part
+            part, total = [], size
+        part.append(identifier)
+    if part:
+        yield part
 
 
 def _by_job(rows: Sequence[Sequence[Any]]) -> dict[int, list[list[Any]]]:

@@ -19,7 +19,19 @@ from culm.clock import Clock, SystemClock
 from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from culm.wire import Happening
-from shard.driver import DRIVER_ERRORS, LOST, RETRIED, Connection, broken, connect, errno, is_closed, mapped
+from shard.driver import (
+    DRIVER_ERRORS,
+    LOST,
+    RETRIED,
+    Connection,
+    Cursor,
+    broken,
+    connect,
+    errno,
+    is_closed,
+    mapped,
+    too_large,
+)
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
 Pool = Literal["claim", "write", "read", "user"]
@@ -30,6 +42,7 @@ T = TypeVar("T")
 MAX_TRIES: Final = 6
 _WORD: Final = re.compile(r"[\w-]{1,32}")
 _UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
+_MAX_PACKET: Final = "SELECT @@max_allowed_packet"
 RESTART_S: Final = 2.0
 """Two looks at a server's start differ by less, for it counts whole seconds."""
 
@@ -63,7 +76,7 @@ class ChangedUnderfootError(Exception):
 class Transaction:
     """Statements by name on one connection. Made by Database; see `Database.run`."""
 
-    def __init__(self, connection: Connection, writer: int, statement_timeout_s: float) -> None:
+    def __init__(self, connection: Connection, writer: int, statement_timeout_s: float, max_packet_bytes: int) -> None:
         self.writer = writer
         self.happened: list[Happening] = []
         """To be told when this is committed."""
@@ -71,6 +84,7 @@ class Transaction:
         """Statements that were answered."""
         self._connection = connection
         self._timeout_s = statement_timeout_s
+        self._max_packet_bytes = max_packet_bytes
         self._statements = STATEMENTS
 
     def use(self, statements: dict[str, Statement]) -> None:
@@ -121,10 +135,14 @@ class Transaction:
                         n_rows = cursor.rowcount
                     wrong = wrong or step.must_find not in (None, n_rows)
                     answers.append(list(await cursor.fetchall()) if cursor.description else [])
-            except DRIVER_ERRORS:
+            except DRIVER_ERRORS as error:
                 # What followed from the first surprise is no news.
                 if not wrong:
+                    self._require_packet(cursor, (";\n".join(texts), flat), error)
                     raise
+            except (OSError, EOFError) as error:
+                self._require_packet(cursor, (";\n".join(texts), flat), error)
+                raise
             self.n_done += len(steps)
         if wrong:
             raise ChangedUnderfootError
@@ -145,10 +163,25 @@ class Transaction:
     async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
             text, flat = expand(sql, arguments)
-            n_rows = await cursor.execute(text, flat or None)
-            rows = list(await cursor.fetchall()) if cursor.description else []
+            try:
+                n_rows = await cursor.execute(text, flat or None)
+                rows = list(await cursor.fetchall()) if cursor.description else []
+            except (*DRIVER_ERRORS, OSError, EOFError) as error:
+                self._require_packet(cursor, (text, flat), error)
+                raise
             self.n_done += 1
             return n_rows, rows
+
+    def _require_packet(self, cursor: Cursor, sent: tuple[str, Sequence[Any]], error: Exception) -> None:
+        """Raises ClientFault(too_large) for a failed statement that is larger than the server takes.
+
+        It cuts the connection in the middle of one, which then looks as if the server were gone.
+        """
+        if isinstance(error, DRIVER_ERRORS) and errno(error) not in LOST:
+            return
+        text, arguments = sent
+        if len(cursor.mogrify(text, arguments or None).encode("utf-8", "surrogateescape")) >= self._max_packet_bytes:
+            raise too_large() from error
 
 
 class _StaleError(Exception):
@@ -173,6 +206,8 @@ class Database:
         """Called where it is not known whether such a transaction was committed."""
         self.generation = 0
         """Of connections; one that was lost makes those of before suspect, and they are made anew."""
+        self.max_packet_bytes = 0
+        """What the server takes in one packet, as the newest connection was told."""
         self._server_began: float | None = None
         n_claim, n_write = settings.claim_connections, settings.write_connections
         self._pools: dict[Pool, _Pool] = {
@@ -261,7 +296,7 @@ class _Pool:
             if connection is None or is_closed(connection):
                 generation, used = self.database.generation, False
                 connection = await self._connect()
-            transaction = Transaction(connection, writer, settings.statement_timeout_s)
+            transaction = Transaction(connection, writer, settings.statement_timeout_s, self.database.max_packet_bytes)
             yield transaction
             try:
                 async with asyncio.timeout(settings.statement_timeout_s):
@@ -322,9 +357,12 @@ class _Pool:
             async with asyncio.timeout(self.database.settings.connect_timeout_s), connection.cursor() as cursor:
                 await cursor.execute(_UPTIME)
                 [uptime] = await cursor.fetchall()
+                await cursor.execute(_MAX_PACKET)
+                [[max_packet_bytes]] = await cursor.fetchall()
         except BaseException:
             connection.close()
             raise
+        self.database.max_packet_bytes = int(max_packet_bytes)
         self.database.mark(reachable=True, uptime_s=float(uptime[1]))
         return connection
 

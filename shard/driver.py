@@ -19,7 +19,7 @@ import asyncmy
 import asyncmy.errors
 import pymysql.err
 
-from culm.errors import Bug, CulmError, Unavailable
+from culm.errors import Bug, ClientFault, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 
 RETRIED: Final = frozenset({1020, 1205, 1213})
@@ -32,6 +32,8 @@ SLOW: Final = frozenset({1969, 3024})
 """The server ended a statement that took longer than it may."""
 FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
 """Disk or table full."""
+TOO_LARGE: Final = frozenset({1153, 2020})
+"""A statement or an answer larger than the server's max_allowed_packet: it cuts the connection, but it is not gone."""
 DUPLICATE: Final = 1062
 EXISTS: Final = frozenset({1050, 1060, 1061})
 """The table, column or key that is to be made is there."""
@@ -64,6 +66,10 @@ class Cursor(Protocol):
 
     async def execute(self, query: str, args: Sequence[Any] | None = None) -> int:
         """Send a statement, or several; the first one's number of rows."""
+        ...
+
+    def mogrify(self, query: str, args: Sequence[Any] | None = None) -> str:
+        """The text that would be sent."""
         ...
 
     async def nextset(self) -> bool | None:
@@ -194,6 +200,8 @@ def mapped(error: Exception) -> CulmError | DuplicateKeyError:
         return Unavailable("database_down", "the partition's database does not answer")
     if number in SLOW:
         return Unavailable("database_slow", "the partition's database did not answer in time")
+    if number in TOO_LARGE:
+        return too_large()
     if number in FULL:
         full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
         full.http_status = 507
@@ -211,6 +219,13 @@ def is_closed(connection: Connection) -> bool:
 def broken() -> Unavailable:
     """The error for a connection that is gone."""
     return Unavailable("database_down", "the connection to the partition's database broke")
+
+
+def too_large() -> ClientFault:
+    """The error for what does not fit into a packet of the server: it would not the next time either."""
+    return ClientFault(
+        "too_large", "more than one packet of the partition's database holds (max_allowed_packet)", http_status=413
+    )
 
 
 def _password(settings: DatabaseSettings) -> str:

@@ -396,6 +396,15 @@ SELECT slot, state, vo, SUM(n) FROM archive_tally GROUP BY slot, state, vo
 SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
 
+-- What each job will be in the archive, about: events and reports have some columns more.
+-- name: sizes_of
+SELECT id, SUM(n_bytes) FROM (
+    SELECT id, 1024 + 2 * (LENGTH(name) + COALESCE(LENGTH(error_text), 0)) AS n_bytes FROM job WHERE id IN %s
+    UNION ALL SELECT id, LENGTH(body) FROM spec WHERE id IN %s
+    UNION ALL SELECT id, SUM(128 + LENGTH(actor) + LENGTH(detail)) FROM job_event WHERE id IN %s GROUP BY id
+    UNION ALL SELECT id, SUM(128 + LENGTH(body)) FROM report WHERE id IN %s GROUP BY id) AS parts
+GROUP BY id ORDER BY id
+
 -- name: archived_from
 SELECT id, slot, state, owner, vo, jobset, depth, created_at, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
 

@@ -3,6 +3,8 @@
 import asyncio
 import secrets
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -26,7 +28,8 @@ from culm.wire import ShardJob as ReadJob
 from ops.audit import audit
 from shard import archive as archiving
 from shard.database import Transaction
-from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, job
+from shard.ownership import Ownership
+from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
 
 NOW = 0.0
@@ -307,3 +310,58 @@ async def test_a_month_is_read_in_pages_each_job_once(shard: Partition, monkeypa
         with pytest.raises(ClientFault) as refused:
             await shard.ask("export", ShardExport(principal=who, name=name), ExportAnswer)
         assert refused.value.code == code
+
+
+async def big(shard: Partition, n_jobs: int) -> list[int]:
+    """Finished jobs of 0.9 MB each."""
+    ids: list[int] = []
+    for _ in range(n_jobs // 2):
+        ids += [grant.id for grant in await finished(shard, 2, argv=["x" * 65_000] * 14)]
+    return ids
+
+
+async def test_jobs_that_together_are_more_than_a_packet_move(shard: Partition) -> None:
+    """40 of 0.9 MB: the server takes 64 MiB at most here, and what it refuses it answers by cutting the connection."""
+    await shard.sql("SET GLOBAL max_allowed_packet = 16777216")
+    try:
+        await shard.shard.database.close()
+        ids = await big(shard, 40)
+        small = [grant.id for grant in await finished(shard, 3)]
+        since, generation = shard.shard.database.connected_since, shard.shard.database.generation
+        assert await move(shard) == 43
+        assert (shard.shard.database.connected_since, shard.shard.database.generation) == (since, generation)
+    finally:
+        await shard.sql("SET GLOBAL max_allowed_packet = 67108864")
+    assert await counted(shard) == ({}, {"finished": 43})
+    assert len((await shard.job(ids[0])).spec.argv) == 14
+    assert await shard.state(small[-1]) is State.FINISHED
+    assert await clean(shard) == []
+
+
+async def test_what_cannot_move_stays_alone_and_holds_up_nobody(
+    both: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job that is in the archive already (as it never should be), and a slot that is not open any more."""
+    async with partition(both, "BNL", "CNAF") as shard:
+        await finished(shard, 1)
+        await move(shard)
+        ids = [grant.id for grant in await finished(shard, 6)]
+        await shard.sql(
+            "INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body)"
+            " SELECT id, modified_at, created_at, slot, state, owner, vo, jobset, depth, '' FROM job"
+            f" WHERE id = {ids[1]}"
+        )
+        [other] = await shard.submit(job(site="CNAF"), at=shard.slot("CNAF"))
+        await shard.cancel(other)
+        moved_away = SimpleNamespace(
+            open={shard.slot("BNL").slot: 99, shard.slot("CNAF").slot: shard.slot("CNAF").epoch}
+        )
+        before = archiving.LEFT.labels("slot")._value.get(), archiving.LEFT.labels("job")._value.get()
+        archive = archiving.Archive(shard.shard.database, cast(Ownership, moved_away), ArchiveSettings(batch=2))
+        assert await archive.move(NOW) == 1
+        archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings(batch=2))
+        assert [await archive.move(NOW) for _ in range(4)] == [1, 2, 2, 0]
+        assert await shard.rows("SELECT id FROM job") == [(ids[1],)]
+        after = archiving.LEFT.labels("slot")._value.get(), archiving.LEFT.labels("job")._value.get()
+        assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+        assert str(ids[1]) in caplog.text

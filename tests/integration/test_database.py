@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from culm.clock import SystemClock
-from culm.errors import Bug, Conflict, CulmError, Unavailable
+from culm.errors import Bug, ClientFault, Conflict, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from culm.states import FINAL
 from ops.audit import audit
@@ -75,6 +75,20 @@ async def _slots(database: Database) -> set[int]:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("n_mib", [65, 100])
+async def test_a_packet_that_is_too_large_is_refused_and_the_server_is_not_taken_for_lost(
+    database: Database, pool: Pool, n_mib: int
+) -> None:
+    """The server cuts the connection in the middle of one; what a driver makes of that depends on when."""
+    await _slots(database)
+    since, generation = database.connected_since, database.generation
+    with pytest.raises(ClientFault, match="too_large"):
+        await database.run(pool, lambda tx: tx.fetch("read_spec", b"x" * (n_mib << 20)))
+    assert (database.reachable, database.connected_since, database.generation) == (True, since, generation)
+    assert await database.run(pool, lambda tx: tx.fetch("read_spec", 1)) == []
 
 
 def _raising(number: int) -> str:
