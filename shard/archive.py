@@ -32,8 +32,8 @@ RETRY_S: Final = 600.0
 MAX_LEFT: Final = 10_000
 """Of those jobs that are kept in mind."""
 EXPORTED_PER_PAGE: Final = 500
-EXPORTED_BYTES: Final = 2 << 20
-"""As stored, of one page of an export; one job always fits."""
+READ_BYTES: Final = 2 << 20
+"""As stored, of the whole jobs that one statement reads; one job always fits."""
 MONTHS_AHEAD: Final = 2
 FIRST_YEAR: Final = 2020
 """What ended before lies in one partition."""
@@ -67,6 +67,30 @@ async def find_archived(tx: Transaction, ids: Sequence[int]) -> dict[int, Archiv
     """Those of these jobs that are in the archive."""
     rows = await tx.fetch("find_archived", tuple(ids))
     return {row[0]: _DECODER.decode(row[1]) for row in rows}
+
+
+class _RowOf(msgspec.Struct, frozen=True, array_like=True):
+    """The beginning of an ArchivedJob."""
+
+    row: list[Any]
+
+
+_ROW: Final = msgspec.msgpack.Decoder(list[Any])
+_ROW_OF: Final = msgspec.msgpack.Decoder(_RowOf)
+
+
+async def find_archived_rows(tx: Transaction, ids: Sequence[int]) -> dict[int, list[Any]]:
+    """The `read_job` rows of those of these jobs that are in the archive."""
+    if not ids:
+        return {}
+    found = await tx.fetch("find_archived_rows", tuple(ids))
+    rows: dict[int, list[Any]] = {identifier: _ROW.decode(row) for identifier, row in found if row is not None}
+    # What was archived before there was a narrow row has it in its body only.
+    wide = tuple(identifier for identifier, row in found if row is None)
+    for some in _fitting(await tx.fetch("sizes_of_archived", wide), READ_BYTES) if wide else ():
+        bodies = await tx.fetch("find_archived", tuple(some))
+        rows |= {identifier: _ROW_OF.decode(body).row for identifier, body in bodies}
+    return rows
 
 
 class Archive:
@@ -154,7 +178,7 @@ class Archive:
         rows = await self._database.run(
             "user", lambda tx: tx.fetch("next_archived", since, bounds[number], after, EXPORTED_PER_PAGE + 1)
         )
-        ids = next(_fitting(rows[:EXPORTED_PER_PAGE], EXPORTED_BYTES), [])
+        ids = next(_fitting(rows[:EXPORTED_PER_PAGE], READ_BYTES), [])
         found = await self._database.run("user", lambda tx: find_archived(tx, ids)) if ids else {}
         return [found[one] for one in ids if one in found], ids[-1] if len(ids) < len(rows) else None
 
@@ -250,7 +274,10 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
             reports=reports.get(identifier, []),
         )
         archived.append(
-            (identifier, ended_at, created_at, slot, state, owner, vo, jobset, depth, _ENCODER.encode(body))
+            (
+                *(identifier, ended_at, created_at, slot, state, owner, vo, jobset, depth),
+                *(_ENCODER.encode(body), _ENCODER.encode(body.row)),
+            )
         )
         tally[slot, State(state), vo] -= 1
         of_months[_month_of(ended_at, months), slot, state, vo] += 1

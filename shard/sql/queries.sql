@@ -327,6 +327,12 @@ ORDER BY created_at DESC, id DESC LIMIT %s
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
 
+-- name: find_archived_rows
+SELECT id, job_row FROM archive_job WHERE id IN %s ORDER BY id
+
+-- name: sizes_of_archived
+SELECT id, LENGTH(body) FROM archive_job WHERE id IN %s ORDER BY id
+
 -- The next jobs of a partition, by what bounds it, with the bytes of each.
 -- name: next_archived
 SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
@@ -420,8 +426,8 @@ SELECT id, attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body, t
 ORDER BY id, attempt
 
 -- name: insert_archived
-INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body)
-VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
+INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body, job_row)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
 
 -- name: add_to_archive_tally
 INSERT INTO archive_tally (month, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}

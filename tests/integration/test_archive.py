@@ -27,7 +27,7 @@ from culm.wire import (
 from culm.wire import ShardJob as ReadJob
 from ops.audit import audit
 from shard import archive as archiving
-from shard.database import Transaction
+from shard.database import Row, Transaction
 from shard.ownership import Ownership
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
@@ -365,3 +365,41 @@ async def test_what_cannot_move_stays_alone_and_holds_up_nobody(
         after = archiving.LEFT.labels("slot")._value.get(), archiving.LEFT.labels("job")._value.get()
         assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
         assert str(ids[1]) in caplog.text
+
+
+async def _bytes_sent(shard: Partition) -> int:
+    return int((await shard.rows("SHOW GLOBAL STATUS LIKE 'Bytes_sent'"))[0][1])
+
+
+async def test_lists_cancels_and_why_read_no_bodies(shard: Partition) -> None:
+    ids = await big(shard, 12)
+    before = await shard.jobs()
+    await move(shard)
+    sent = await _bytes_sent(shard)
+    assert await shard.jobs() == before
+    assert {one.outcome for one in (await shard.cancel(*ids)).jobs} == {"already_final"}
+    await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=ids[0]), WhyAnswer)
+    assert await _bytes_sent(shard) - sent < 1_000_000
+
+
+async def test_what_was_archived_before_it_had_a_narrow_row_is_read_in_parts_of_some_bytes(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = await big(shard, 12)
+    before = await shard.jobs()
+    await move(shard)
+    await shard.sql(f"UPDATE archive_job SET job_row = NULL WHERE id <> {ids[3]}")
+    largest = 0
+
+    async def measured(tx: Transaction, name: str, *arguments: object) -> list[Row]:
+        nonlocal largest
+        rows = await fetch(tx, name, *arguments)
+        largest = max(largest, sum(len(value) for row in rows for value in row if isinstance(value, bytes)))
+        return rows
+
+    fetch = Transaction.fetch
+    monkeypatch.setattr(Transaction, "fetch", measured)
+    assert await shard.jobs() == before
+    assert {one.outcome for one in (await shard.cancel(*ids)).jobs} == {"already_final"}
+    assert (await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=ids[0]), WhyAnswer)).reasons
+    assert 900_000 < largest <= archiving.READ_BYTES
