@@ -14,12 +14,12 @@ from typing import Any, Final
 import msgspec
 from prometheus_client import Counter as Metric
 
-from culm.errors import ClientFault, CulmError, Moved, Unavailable
+from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
 from culm.ids import id_range
 from culm.settings import ArchiveSettings
 from culm.states import FINAL, State
 from culm.wire import ArchivePartition, SlotRef
-from shard.database import Database, Transaction
+from shard.database import Database, Row, Transaction
 from shard.ownership import Ownership
 from shard.transitions import Counted, add_to_tallies, lock_jobs, lock_slots
 
@@ -35,6 +35,12 @@ EXPORTED_PER_PAGE: Final = 500
 READ_BYTES: Final = 2 << 20
 """As stored, of the whole jobs that one statement reads; one job always fits."""
 MONTHS_AHEAD: Final = 2
+ALTER_TIMEOUT_S: Final = 50.0
+"""Of a statement that makes or drops a partition; a drop takes as long as its files take to go."""
+BUSY_S: Final = 60.0
+"""Between two tries to make a partition while the table is in use."""
+OVER_S: Final = 3600.0
+"""A month can be dropped so long after its end: no transaction of before is still under way, no clock so far off."""
 FIRST_YEAR: Final = 2020
 """What ended before lies in one partition."""
 _FINAL: Final = tuple(sorted(FINAL))
@@ -105,6 +111,8 @@ class Archive:
         self._left: dict[int, float] = {}
         """Jobs that could not move alone, and the monotonic time when they are tried again."""
         self._months: set[str] = set()
+        self._make_again_at = 0.0
+        """The monotonic time before which no month is made: the last try found the table in use."""
 
     async def turn(self) -> int:
         """One turn of a background loop: a batch per slot; how many went. Raises Unavailable."""
@@ -144,24 +152,58 @@ class Archive:
             )
         return found
 
-    async def drop(self, name: str, actor: str) -> int:
-        """Drop a month as a whole; how many jobs it had. The present month and later ones stay.
+    async def drop(self, name: str, actor: str, exported: int | None = None) -> int:
+        """Drop a month as a whole; how many jobs it had. It stays as long as a job may still move into it.
 
-        Raises ClientFault (unknown_partition, partition_in_use), Unavailable. Safe to retry: yes.
+        Args:
+            name: the partition.
+            actor: the account that is named in `archive_dropped`.
+            exported: so many jobs it must have; None for any number.
+
+        Raises ClientFault (unknown_partition, partition_in_use), Conflict(archive_changed), Unavailable (table_busy
+        too). Safe to retry: yes; a repeat ends what was cut off, and says the same where that had ended.
         """
         known = {one.name: one for one in await self.partitions()}
-        if name not in known:
-            raise ClientFault("unknown_partition", f"there is no partition {name[:40]!r}", http_status=404)
-        now = await self._now()
-        if _number(name) >= now[0] * 100 + now[1]:
-            raise ClientFault("partition_in_use", f"{name} is the present month or a later one: jobs go there")
-        month, before, n_jobs = _number(name), known[name].before, known[name].n_jobs
-        # First the word that it goes: cut off here, the audit knows why its jobs may be missing.
-        await self._database.run("write", lambda tx: tx.execute("insert_dropped", name, before, n_jobs, actor))
-        await self._database.run("write", lambda tx: tx.alter("drop_partition", name=name))
-        await self._database.run("write", lambda tx: tx.execute("drop_archive_tally", month))
+        told = await self._database.run("read", lambda tx: tx.fetch("read_dropped", name))
+        if name in known:
+            n_jobs = await self._drop(known[name], actor, exported)
+        elif told:
+            n_jobs = int(told[0][0])
+        else:
+            raise _unknown(name)
+        # Only now it is done: what counts the jobs of the month goes with the word that they are gone.
+        await self._database.run("write", partial(_end_drop, name=name))
         self._months.discard(name)
         return n_jobs
+
+    async def _drop(self, part: ArchivePartition, actor: str, exported: int | None) -> int:
+        await self._require_over(part)
+        # After that look nothing comes any more: this is what there is.
+        [[n_jobs]] = await self._database.run("read", partial(_tally_of, month=_number(part.name)))
+        if exported is not None and exported != n_jobs:
+            changed = f"{part.name} has {n_jobs} jobs here, the export has {exported}: export it again"
+            raise Conflict("archive_changed", changed)
+        await self._make_months()
+        await self._database.run("write", partial(_begin_drop, part=part, n_jobs=int(n_jobs), actor=actor))
+        await self._database.run("write", lambda tx: tx.alter("drop_partition", ALTER_TIMEOUT_S, name=part.name))
+        return int(n_jobs)
+
+    async def _require_over(self, part: ArchivePartition) -> None:
+        """Raises ClientFault(partition_in_use) for a month into which a job may still move."""
+        in_use = partial(ClientFault, "partition_in_use")
+        bound = datetime.datetime.fromisoformat(part.before).replace(tzinfo=datetime.UTC)
+        if await self._now() < bound + datetime.timedelta(seconds=OVER_S):
+            raise in_use(f"{part.name} is not long over, or to come: jobs go there")
+        at, after = "1970-01-01", 0
+        while True:
+            look = (_FINAL, part.before, part.before, at, at, after, MAX_EXAMINED)
+            rows = await self._database.run("read", partial(_ended_before, look=look))
+            waiting = next((row[1] for row in rows if row[2]), None)
+            if waiting is not None:
+                raise in_use(f"job {waiting} ended before {part.before} and is not archived: culm db archive, or wait")
+            if len(rows) < MAX_EXAMINED:
+                return
+            at, after = rows[-1][0], rows[-1][1]
 
     async def page(self, name: str, after: int) -> tuple[list[ArchivedJob], int | None]:
         """The jobs of a month after an id, as many as fit into an answer, and the id to go on after; None at the end.
@@ -172,7 +214,7 @@ class Archive:
         bounds = [str(part[1]).strip("'") for part in parts]
         names = [part[0] for part in parts]
         if name not in names:
-            raise ClientFault("unknown_partition", f"there is no partition {name[:40]!r}", http_status=404)
+            raise _unknown(name)
         number = names.index(name)
         since = bounds[number - 1] if number else "1000-01-01"
         rows = await self._database.run(
@@ -232,23 +274,31 @@ class Archive:
 
     async def _make_months(self) -> None:
         """The partitions up to some months ahead; a job that ended can be older than any, never younger."""
-        year, month = await self._now()
-        wanted = [_plus((year, month), n) for n in range(MONTHS_AHEAD + 1)]
-        if self._months.issuperset(map(_name, wanted)):
+        now = await self._now()
+        wanted = [_plus((now.year, now.month), n) for n in range(MONTHS_AHEAD + 1)]
+        if self._months.issuperset(map(_name, wanted)) or self._database.clock.monotonic() < self._make_again_at:
             return
         rows = await self._database.run("read", lambda tx: tx.fetch("read_partitions"))
         self._months = {row[0] for row in rows}
         newest = max(map(_number, self._months), default=0)
         for one in wanted:
             if one[0] * 100 + one[1] > newest:
-                await self._database.run("write", partial(_add, month=one))
+                try:
+                    await self._database.run("write", partial(_add, month=one))
+                except Unavailable as error:
+                    # Those that try wait, and all who come after them: not at every turn.
+                    self._make_again_at = self._database.clock.monotonic() + BUSY_S
+                    if error.code != "table_busy" or newest < now.year * 100 + now.month:
+                        raise
+                    log.warning("the partition %s is not made yet: %s", _name(one), error)
+                    return
                 self._months.add(_name(one))
+                newest = one[0] * 100 + one[1]
                 log.info("made the partition %s", _name(one))
 
-    async def _now(self) -> Month:
+    async def _now(self) -> datetime.datetime:
         [[microseconds]] = await self._database.run("read", lambda tx: tx.fetch("database_time"))
-        at = datetime.datetime.fromtimestamp(microseconds / 1_000_000, datetime.UTC)
-        return at.year, at.month
+        return datetime.datetime.fromtimestamp(microseconds / 1_000_000, datetime.UTC)
 
 
 async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequence[int]) -> None:
@@ -318,7 +368,21 @@ def _month_of(ended_at: datetime.datetime, months: Sequence[int]) -> int:
 
 async def _add(tx: Transaction, month: Month) -> None:
     following = _plus(month, 1)
-    await tx.alter("add_partition", name=_name(month), bound=f"{following[0]}-{following[1]:02d}-01")
+    await tx.alter("add_partition", ALTER_TIMEOUT_S, name=_name(month), bound=f"{following[0]}-{following[1]:02d}-01")
+
+
+async def _begin_drop(tx: Transaction, part: ArchivePartition, n_jobs: int, actor: str) -> None:
+    await tx.execute("forget_dropped", part.name)
+    await tx.execute("insert_dropped", part.name, part.before, n_jobs, actor)
+
+
+async def _end_drop(tx: Transaction, name: str) -> None:
+    await tx.execute("end_dropped", name)
+    await tx.execute("drop_archive_tally", _number(name))
+
+
+async def _ended_before(tx: Transaction, look: Sequence[object]) -> list[Row]:
+    return await tx.fetch("ended_before", *look)
 
 
 async def _tally_of(tx: Transaction, month: int) -> list[Any]:
@@ -332,6 +396,10 @@ def _plus(month: Month, n: int) -> Month:
 
 def _name(month: Month) -> str:
     return f"p{month[0]}{month[1]:02d}"
+
+
+def _unknown(name: str) -> ClientFault:
+    return ClientFault("unknown_partition", f"there is no partition {name[:40]!r}", http_status=404)
 
 
 def _number(name: str) -> int:

@@ -21,6 +21,7 @@ from culm.settings import DatabaseSettings
 from culm.wire import Happening
 from shard.driver import (
     DRIVER_ERRORS,
+    LOCK_WAIT,
     LOST,
     RETRIED,
     Connection,
@@ -148,20 +149,31 @@ class Transaction:
             raise ChangedUnderfootError
         return answers
 
-    async def alter(self, name: str, /, **words: str) -> None:
+    async def alter(self, name: str, timeout_s: float, /, **words: str) -> None:
         """Run a statement whose `:word`s are identifiers or dates, which cannot be parameters. It commits by itself.
 
-        Raises Bug for a word that is more than letters, digits, _ and -.
+        It waits a second for those who use the table, no longer: all who come after it wait behind it.
+        Raises Unavailable(table_busy), Bug for a word that is more than letters, digits, _ and -.
         """
         text = self._statements[name].head
         for key, word in words.items():
             if not _WORD.fullmatch(word):
                 raise Bug(f"{word!r} cannot be a part of {name}")
             text = text.replace(f":{key}", word)
-        await self._run(text, ())
+        await self.execute("wait_a_second")
+        try:
+            await self._run(text, (), timeout_s)
+        except DRIVER_ERRORS as error:
+            if errno(error) not in LOST:
+                await self.execute("wait_as_ever")
+            if errno(error) == LOCK_WAIT:
+                busy = "somebody reads this table for long (an audit, a dump)"
+                raise Unavailable("table_busy", busy, retry_after_s=10.0) from None
+            raise
+        await self.execute("wait_as_ever")
 
-    async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
-        async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
+    async def _run(self, sql: str, arguments: Sequence[Any], timeout_s: float | None = None) -> tuple[int, list[Row]]:
+        async with asyncio.timeout(timeout_s or self._timeout_s), self._connection.cursor() as cursor:
             text, flat = expand(sql, arguments)
             try:
                 n_rows = await cursor.execute(text, flat or None)

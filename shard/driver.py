@@ -22,8 +22,9 @@ import pymysql.err
 from culm.errors import Bug, ClientFault, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 
-RETRIED: Final = frozenset({1020, 1205, 1213})
-"""Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
+LOCK_WAIT: Final = 1205
+RETRIED: Final = frozenset({1020, LOCK_WAIT, 1213, 1412})
+"""Snapshot conflict, lock wait timeout, deadlock, a table altered since the snapshot: run the transaction again."""
 LOST: Final = frozenset(
     {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055} | {4031}
 )

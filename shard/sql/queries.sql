@@ -457,8 +457,29 @@ ALTER TABLE archive_job ADD PARTITION (PARTITION :name VALUES LESS THAN (':bound
 -- name: drop_partition
 ALTER TABLE archive_job DROP PARTITION :name
 
+-- For the lock on a table's definition, before and after an ALTER.
+-- name: wait_a_second
+SET SESSION lock_wait_timeout = 1
+
+-- name: wait_as_ever
+SET SESSION lock_wait_timeout = DEFAULT
+
+-- Jobs that were made before a time, and which of them ended before it: it is read in pages.
+-- name: ended_before
+SELECT CAST(created_at AS CHAR), id, state IN %s AND modified_at < %s FROM job FORCE INDEX (jobs_by_time)
+WHERE created_at < %s AND created_at >= %s AND (created_at > %s OR id > %s) ORDER BY created_at, id LIMIT %s
+
+-- name: read_dropped
+SELECT n, done FROM archive_dropped WHERE name = %s ORDER BY at DESC LIMIT 1
+
 -- name: insert_dropped
-INSERT INTO archive_dropped (name, before_at, n, actor, at) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6))
+INSERT INTO archive_dropped (name, before_at, n, actor, at, done) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), 0)
+
+-- name: forget_dropped
+DELETE FROM archive_dropped WHERE name = %s AND done = 0
+
+-- name: end_dropped
+UPDATE archive_dropped SET done = 1 WHERE name = %s
 
 -- name: drop_archive_tally
 DELETE FROM archive_tally WHERE month = %s

@@ -28,6 +28,7 @@ from culm.wire import ShardJob as ReadJob
 from ops.audit import audit
 from shard import archive as archiving
 from shard.database import Row, Transaction
+from shard.driver import connect
 from shard.ownership import Ownership
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
@@ -403,3 +404,147 @@ async def test_what_was_archived_before_it_had_a_narrow_row_is_read_in_parts_of_
     assert {one.outcome for one in (await shard.cancel(*ids)).jobs} == {"already_final"}
     assert (await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=ids[0]), WhyAnswer)).reasons
     assert 900_000 < largest <= archiving.READ_BYTES
+
+
+async def in_old_month(shard: Partition, n_jobs: int) -> tuple[str, str]:
+    """Archived jobs that ended in a month that is long over; its partition, and a time in it."""
+    [[name, bound, at]] = await shard.rows(
+        "SELECT DATE_FORMAT(UTC_DATE() - INTERVAL 2 MONTH, 'p%Y%m'), DATE_FORMAT(UTC_DATE() - INTERVAL 1 MONTH,"
+        " '%Y-%m-01'), DATE_FORMAT(UTC_DATE() - INTERVAL 2 MONTH, '%Y-%m-02')"
+    )
+    await shard.sql(f"ALTER TABLE archive_job ADD PARTITION (PARTITION {name} VALUES LESS THAN ('{bound}'))")
+    await finished(shard, n_jobs)
+    await put_back(shard, at)
+    assert await move(shard) == n_jobs
+    return name, at
+
+
+async def put_back(shard: Partition, at: str) -> None:
+    """As if all that is hot had been submitted and ended then."""
+    await shard.sql(f"UPDATE job SET created_at = '{at}', modified_at = '{at}'")
+    await shard.sql(f"UPDATE submission SET at = '{at}'")
+
+
+async def drop(shard: Partition, name: str, exported: int | None = None) -> int:
+    call = ShardArchive(principal=ADMIN, drop=name, exported=exported)
+    return (await shard.ask("archive", call, ShardArchiveAnswer)).n_dropped
+
+
+@pytest.mark.parametrize("examined", [5000, 1])
+async def test_a_month_stays_while_a_job_may_move_into_it_or_an_export_has_another_count(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, examined: int
+) -> None:
+    name, at = await in_old_month(shard, 3)
+    await shard.submit(job())
+    await finished(shard, 2)
+    await put_back(shard, at)
+    monkeypatch.setattr(archiving, "MAX_EXAMINED", examined)
+    with pytest.raises(ClientFault, match="partition_in_use"):
+        await drop(shard, name)
+    monkeypatch.setattr(archiving, "MAX_EXAMINED", 5000)
+    await move(shard)
+    monkeypatch.setattr(archiving, "MAX_EXAMINED", examined)
+    with pytest.raises(Conflict, match="archive_changed"):
+        await drop(shard, name, exported=3)
+    assert await shard.rows("SELECT COUNT(*) FROM archive_job") == [(5,)]
+    assert await shard.rows("SELECT COUNT(*) FROM archive_dropped") == [(0,)]
+    assert await drop(shard, name, exported=5) == 5
+    assert await clean(shard) == []
+
+
+async def test_a_month_that_has_just_ended_stays(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _ = await in_old_month(shard, 1)
+    monkeypatch.setattr(archiving, "OVER_S", 70 * 86_400.0)
+    with pytest.raises(ClientFault, match="partition_in_use"):
+        await drop(shard, name)
+    monkeypatch.undo()
+    assert await drop(shard, name) == 1
+
+
+@pytest.mark.parametrize("done", [False, True])
+async def test_a_drop_that_is_cut_off_is_ended_by_a_repeat_and_excuses_nothing_before(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """At the ALTER, which the server may have begun or ended by then."""
+    name, at = await in_old_month(shard, 4)
+    [waiting] = await shard.submit(job())
+    await put_back(shard, at)
+
+    async def cut(tx: Transaction, statement: str, *arguments: float, **words: str) -> None:
+        if done:
+            await alter(tx, statement, *arguments, **words)
+        raise Unavailable("database_down", "cut off")
+
+    alter = Transaction.alter
+    monkeypatch.setattr(Transaction, "alter", cut)
+    with pytest.raises(Unavailable):
+        await drop(shard, name)
+    monkeypatch.undo()
+    assert bool(await clean(shard)) is done
+    assert await shard.rows("SELECT done, n FROM archive_dropped") == [(0, 4)]
+    for _ in range(2):
+        assert await drop(shard, name) == 4
+        assert await shard.rows("SELECT done, n FROM archive_dropped") == [(1, 4)]
+        assert (await counted(shard))[1] == {}
+        assert await clean(shard) == []
+    # Dropped were four: one more that is missing is lost, whenever it was submitted.
+    for table in ("job", "spec", "job_event", "ready"):
+        await shard.sql(f"DELETE FROM {table} WHERE id = {waiting}")
+    found = (await audit([shard.settings], shard.topology)).findings
+    assert waiting in {one.subject for one in found if one.rule == "submission_incomplete"}
+
+
+async def test_who_reads_the_archive_for_long_is_waited_for_by_nobody(shard: Partition) -> None:
+    name, _ = await in_old_month(shard, 2)
+    reading = await connect(shard.settings.database, autocommit=False)
+    try:
+        async with reading.cursor() as cursor:
+            await cursor.execute("SELECT COUNT(*) FROM archive_job")
+            await cursor.fetchall()
+        dropping = asyncio.create_task(drop(shard, name))
+        started = asyncio.get_running_loop().time()
+
+        async def pending() -> bool:
+            rows = await shard.rows("SHOW PROCESSLIST")
+            return any("DROP PARTITION" in str(row[7]) for row in rows) or dropping.done()
+
+        await eventually(pending, 5.0, what="the ALTER waits")
+        assert len((await shard.jobs()).jobs) == 2
+        with pytest.raises(Unavailable, match="table_busy"):
+            await dropping
+        assert asyncio.get_running_loop().time() - started < 4.0
+    finally:
+        reading.close()
+    assert await drop(shard, name) == 2
+    assert await shard.rows("SELECT done, n FROM archive_dropped") == [(1, 2)]
+    assert await clean(shard) == []
+
+
+async def test_a_month_ahead_that_cannot_be_made_now_does_not_stop_the_pass(shard: Partition) -> None:
+    await finished(shard, 1)
+    await move(shard)
+    names = [row[0] for row in await shard.rows(PARTITIONS)]
+    await shard.sql(f"ALTER TABLE archive_job DROP PARTITION {names[-1]}")
+    await finished(shard, 2)
+    reading = await connect(shard.settings.database, autocommit=False)
+    archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings(batch=1))
+    try:
+        async with reading.cursor() as cursor:
+            await cursor.execute("SELECT COUNT(*) FROM archive_job")
+            await cursor.fetchall()
+        started = asyncio.get_running_loop().time()
+        assert [await archive.move(NOW), await archive.move(NOW)] == [1, 1]
+        assert asyncio.get_running_loop().time() - started < 3.0
+        assert [row[0] for row in await shard.rows(PARTITIONS)] == names[:-1]
+    finally:
+        reading.close()
+    archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings())
+    await finished(shard, 1)
+    assert await archive.move(NOW) == 1
+    assert [row[0] for row in await shard.rows(PARTITIONS)] == names
+
+
+PARTITIONS = (
+    "SELECT partition_name FROM information_schema.partitions WHERE table_schema = DATABASE()"
+    " AND table_name = 'archive_job' ORDER BY partition_ordinal_position"
+)

@@ -21,6 +21,7 @@ from ops.engines import innodb
 from shard.database import MAX_TRIES, ChangedUnderfootError, Database, Pool, Row, Step, Transaction, for_rows
 from shard.driver import RETRIED, DuplicateKeyError, connect
 from shard.migrate import migrate
+from shard.statements import STATEMENTS, parse
 from tests import servers
 from tests.partition import Partition, Servers, job, partition, patiently
 from tests.waiting import eventually
@@ -32,6 +33,12 @@ T = TypeVar("T")
 
 DEADLINE_S = 30.0
 SLOT = 5
+SNAPSHOT = """
+-- name: isolation
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
+-- name: begin
+START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY
+"""
 POOLS: tuple[Pool, ...] = ("claim", "write", "read", "user")
 
 
@@ -75,6 +82,23 @@ async def _slots(database: Database) -> set[int]:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_table_that_was_altered_under_a_snapshot_is_read_again(database: Database) -> None:
+    tries = 0
+
+    async def read(tx: Transaction) -> list[Row]:
+        nonlocal tries
+        tries += 1
+        tx.use(parse(SNAPSHOT) | STATEMENTS)
+        await tx.execute("isolation")
+        await tx.execute("begin")
+        if tries == 1:
+            add = ("add_partition", DEADLINE_S)
+            await database.run("claim", lambda other: other.alter(*add, name="p202001", bound="2020-02-01"))
+        return await tx.fetch("read_depths", (1,), (1,))
+
+    assert (await database.run("write", read), tries) == ([], 2)
 
 
 @pytest.mark.parametrize("pool", POOLS)
