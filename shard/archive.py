@@ -4,6 +4,7 @@ A batch moves in one transaction: all of a job is in the hot tables or in the ar
 is killed. What is asked of an archived job is answered as when it was hot: reads, lists, late reports, cancels.
 """
 
+import asyncio
 import datetime
 import logging
 from collections import Counter
@@ -31,6 +32,8 @@ RETRY_S: Final = 600.0
 """A job that could not move alone is left alone for so long."""
 MAX_LEFT: Final = 10_000
 """Of those jobs that are kept in mind."""
+MEASURED: Final = 50
+"""Jobs whose bytes are asked for at once: the server reads a body whole to say how long it is."""
 EXPORTED_PER_PAGE: Final = 500
 READ_BYTES: Final = 2 << 20
 """As stored, of the whole jobs that one statement reads; one job always fits."""
@@ -92,10 +95,10 @@ async def find_archived_rows(tx: Transaction, ids: Sequence[int]) -> dict[int, l
     found = await tx.fetch("find_archived_rows", tuple(ids))
     rows: dict[int, list[Any]] = {identifier: _ROW.decode(row) for identifier, row in found if row is not None}
     # What was archived before there was a narrow row has it in its body only.
-    wide = tuple(identifier for identifier, row in found if row is None)
-    for some in _fitting(await tx.fetch("sizes_of_archived", wide), READ_BYTES) if wide else ():
-        bodies = await tx.fetch("find_archived", tuple(some))
-        rows |= {identifier: _ROW_OF.decode(body).row for identifier, body in bodies}
+    for wide in _by_number([identifier for identifier, row in found if row is None]):
+        for some in _fitting(await tx.fetch("sizes_of_archived", wide), READ_BYTES):
+            bodies = await tx.fetch("find_archived", tuple(some))
+            rows |= {identifier: _ROW_OF.decode(body).row for identifier, body in bodies}
     return rows
 
 
@@ -111,6 +114,7 @@ class Archive:
         self._left: dict[int, float] = {}
         """Jobs that could not move alone, and the monotonic time when they are tried again."""
         self._months: set[str] = set()
+        self._making = asyncio.Lock()
         self._make_again_at = 0.0
         """The monotonic time before which no month is made: the last try found the table in use."""
 
@@ -183,7 +187,7 @@ class Archive:
         if exported is not None and exported != n_jobs:
             changed = f"{part.name} has {n_jobs} jobs here, the export has {exported}: export it again"
             raise Conflict("archive_changed", changed)
-        await self._make_months()
+        await self._have_months()
         await self._database.run("write", partial(_begin_drop, part=part, n_jobs=int(n_jobs), actor=actor))
         await self._database.run("write", lambda tx: tx.alter("drop_partition", ALTER_TIMEOUT_S, name=part.name))
         return int(n_jobs)
@@ -220,9 +224,20 @@ class Archive:
         rows = await self._database.run(
             "user", lambda tx: tx.fetch("next_archived", since, bounds[number], after, EXPORTED_PER_PAGE + 1)
         )
-        ids = next(_fitting(rows[:EXPORTED_PER_PAGE], READ_BYTES), [])
+        ids = await self._that_fit([row[0] for row in rows[:EXPORTED_PER_PAGE]])
         found = await self._database.run("user", lambda tx: find_archived(tx, ids)) if ids else {}
         return [found[one] for one in ids if one in found], ids[-1] if len(ids) < len(rows) else None
+
+    async def _that_fit(self, ids: Sequence[int]) -> list[int]:
+        """The first of these archived jobs, as many as one answer holds."""
+        chosen, n_bytes = list[int](), 0
+        for some in _by_number(ids):
+            for identifier, size in await self._database.run("user", partial(_sizes_of_archived, ids=some)):
+                n_bytes += size
+                if chosen and n_bytes > READ_BYTES:
+                    return chosen
+                chosen.append(identifier)
+        return chosen
 
     async def _move_of(self, at: SlotRef, older_s: float) -> int:
         first, last = id_range(at.slot)
@@ -236,9 +251,10 @@ class Archive:
         ids = [row[0] for row in rows]
         n_moved = 0
         if ids:
-            await self._make_months()
-            sizes = await self._database.run("read", lambda tx: tx.fetch("sizes_of", *[tuple(ids)] * 4))
-            for some in _fitting([(one, int(size)) for one, size in sizes if not self._is_left(one)], MOVED_BYTES):
+            await self._have_months()
+        for measured in _by_number([one for one in ids if not self._is_left(one)]):
+            sizes = await self._database.run("read", partial(_sizes_of, ids=measured))
+            for some in _fitting([(one, int(size)) for one, size in sizes], MOVED_BYTES):
                 n_moved += await self._move_some(at, some)
         if len(ids) == n_batch:
             self._looked_at[at.slot] = ids[-1]
@@ -251,7 +267,7 @@ class Archive:
         """Move these together; where that cannot be, each alone, and leave the one that cannot move."""
         months = sorted(filter(None, map(_number, self._months)))
         try:
-            await self._database.run("write", partial(_move, at=at, ids=ids, months=months))
+            n_moved = await self._database.run("write", partial(_move, at=at, ids=ids, months=months))
         except (Unavailable, Moved):
             raise
         except Exception:  # whatever is wrong with one job must not keep all others out of the archive
@@ -263,8 +279,8 @@ class Archive:
                 self._left.clear()
             self._left[ids[0]] = self._database.clock.monotonic() + RETRY_S
             return 0
-        _MOVED.inc(len(ids))
-        return len(ids)
+        _MOVED.inc(n_moved)
+        return n_moved
 
     def _is_left(self, identifier: int) -> bool:
         if self._left.get(identifier, 0.0) > self._database.clock.monotonic():
@@ -272,8 +288,13 @@ class Archive:
         self._left.pop(identifier, None)
         return False
 
+    async def _have_months(self) -> None:
+        """See to the partitions up to some months ahead; a job that ended can be older than any, never younger."""
+        # The shard's own pass and one that an operator asked for may be here at once.
+        async with self._making:
+            await self._make_months()
+
     async def _make_months(self) -> None:
-        """The partitions up to some months ahead; a job that ended can be older than any, never younger."""
         now = await self._now()
         wanted = [_plus((now.year, now.month), n) for n in range(MONTHS_AHEAD + 1)]
         if self._months.issuperset(map(_name, wanted)) or self._database.clock.monotonic() < self._make_again_at:
@@ -301,13 +322,13 @@ class Archive:
         return datetime.datetime.fromtimestamp(microseconds / 1_000_000, datetime.UTC)
 
 
-async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequence[int]) -> None:
-    """All of a batch or nothing. Final jobs change no more, so what is read here is what is deleted here."""
+async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequence[int]) -> int:
+    """All of a batch or nothing; how many went. Final jobs change no more: what is read is what is deleted."""
     await lock_slots(tx, [at])
     locked = await lock_jobs(tx, ids)
     gone = tuple(sorted(job.id for job in locked.jobs.values() if job.state in FINAL))
     if not gone:
-        return
+        return 0
     rows = {row[0]: row for row in await tx.fetch("read_job", gone)}
     specs: dict[int, bytes] = dict(await tx.fetch("specs_of", gone))
     events = _by_job(await tx.fetch("events_of", gone))
@@ -336,6 +357,21 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
         await tx.execute(statement, gone)
     await add_to_tallies(tx, tally, Counter())
     await tx.execute_rows("add_to_archive_tally", [(*key, n) for key, n in sorted(of_months.items())])
+    return len(gone)
+
+
+async def _sizes_of(tx: Transaction, ids: tuple[int, ...]) -> list[Row]:
+    return await tx.fetch("sizes_of", *[ids] * 4)
+
+
+async def _sizes_of_archived(tx: Transaction, ids: tuple[int, ...]) -> list[Row]:
+    return await tx.fetch("sizes_of_archived", ids)
+
+
+def _by_number(ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """As many as are measured at once, in their order."""
+    for start in range(0, len(ids), MEASURED):
+        yield tuple(ids[start : start + MEASURED])
 
 
 def _fitting(sizes: Iterable[Sequence[int]], n_bytes: int) -> Iterator[list[int]]:

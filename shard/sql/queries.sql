@@ -333,9 +333,9 @@ SELECT id, job_row FROM archive_job WHERE id IN %s ORDER BY id
 -- name: sizes_of_archived
 SELECT id, LENGTH(body) FROM archive_job WHERE id IN %s ORDER BY id
 
--- The next jobs of a partition, by what bounds it, with the bytes of each.
+-- The next jobs of a partition, by what bounds it.
 -- name: next_archived
-SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
+SELECT id FROM archive_job FORCE INDEX (PRIMARY)
 WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_id

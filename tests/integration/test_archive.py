@@ -290,8 +290,14 @@ async def test_the_shard_moves_them_by_itself_while_it_works(shard: Partition, m
         assert (await shard.job(grant.id)).reports[0].stdout_tail == f"out {grant.id}"
 
 
-async def test_a_month_is_read_in_pages_each_job_once(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shard.archive.EXPORTED_PER_PAGE", 3)
+@pytest.mark.parametrize(
+    ("limit", "value"), [("EXPORTED_PER_PAGE", 3), ("READ_BYTES", 1)], ids=["by number", "by bytes"]
+)
+async def test_a_month_is_read_in_pages_each_job_once(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(archiving, "MEASURED", 2)
+    monkeypatch.setattr(archiving, limit, value)
     ids = await shard.submit(*[job()] * 7)
     for grant in await shard.get(n_jobs=7):
         await shard.report(grant)
@@ -305,7 +311,7 @@ async def test_a_month_is_read_in_pages_each_job_once(shard: Partition, monkeypa
         found += [view.job.id for view in answer.jobs]
         after = answer.next
         n_pages += 1
-    assert (found, n_pages) == (ids, 3)
+    assert (found, n_pages) == (ids, 3 if value == 3 else 7)
     assert [event.event for event in answer.jobs[0].history] == ["submit_ready", "claim", "finish"]
     for who, name, code in ((ADMIN, "p190001", "unknown_partition"), (USER, part.name, "forbidden")):
         with pytest.raises(ClientFault) as refused:
@@ -368,6 +374,13 @@ async def test_what_cannot_move_stays_alone_and_holds_up_nobody(
         assert str(ids[1]) in caplog.text
 
 
+async def test_two_passes_at_once_make_the_months_once_and_count_each_job_once(shard: Partition) -> None:
+    """The shard's own and one that an operator asked for."""
+    await finished(shard, 5)
+    assert sum(await asyncio.gather(*(shard.shard.archive.move(NOW) for _ in range(2)))) == 5
+    assert await clean(shard) == []
+
+
 async def _bytes_sent(shard: Partition) -> int:
     return int((await shard.rows("SHOW GLOBAL STATUS LIKE 'Bytes_sent'"))[0][1])
 
@@ -386,6 +399,7 @@ async def test_lists_cancels_and_why_read_no_bodies(shard: Partition) -> None:
 async def test_what_was_archived_before_it_had_a_narrow_row_is_read_in_parts_of_some_bytes(
     shard: Partition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(archiving, "MEASURED", 5)
     ids = await big(shard, 12)
     before = await shard.jobs()
     await move(shard)
