@@ -110,15 +110,9 @@ SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', expires_at) FROM lease WHERE id 
 
 -- ---- bans
 
--- name: ready_of_owner
-SELECT CAST(created_at AS CHAR), id FROM job FORCE INDEX (jobs_of_owner)
-WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id > %s) AND state = 'activated'
-ORDER BY created_at, id LIMIT %s
-
--- name: held_of_owner
-SELECT CAST(created_at AS CHAR), id FROM job FORCE INDEX (jobs_of_owner)
-WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id > %s) AND state = 'pending'
-ORDER BY created_at, id LIMIT %s
+-- name: states_of_owner
+SELECT CAST(created_at AS CHAR), id, state FROM job FORCE INDEX (jobs_of_owner)
+WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id > %s) ORDER BY created_at, id LIMIT %s
 
 -- name: held_owners
 SELECT owner FROM held_owner
