@@ -94,8 +94,8 @@ class _ServerConnection(Connection):
         self._hello_timer = self._loop.call_later(HELLO_TIMEOUT_S, self._no_hello)
 
     def connection_lost(self, _exc: Exception | None) -> None:
+        super().connection_lost(_exc)
         self.server.connections.discard(self)
-        self.transport = None
         if self._hello_timer is not None:
             self._hello_timer.cancel()
         for task in list(self.tasks.values()):
@@ -176,12 +176,15 @@ class _ServerConnection(Connection):
 
     def _answer(self, call: Frame, answer: bytes) -> None:
         if self.transport is not None and not self.transport.is_closing():
-            try:
-                self.send(Frame(Kind.ANSWER, call.stream, body=answer))
-            except ClientFault as error:  # larger than a frame may be
-                self._send_error(call.stream, error)
+            if self.is_full:
+                self._send_error(call.stream, Unavailable("overloaded", "the answers before this one are not taken"))
             else:
-                return
+                try:
+                    self.send(Frame(Kind.ANSWER, call.stream, body=answer))
+                except ClientFault as error:  # larger than a frame may be
+                    self._send_error(call.stream, error)
+                else:
+                    return
         self.server.undelivered(call.verb, call.body, answer)
 
     def _send_error(self, stream: int, error: CulmError) -> None:
@@ -292,6 +295,8 @@ class LinkClient:
         n_waiting = connection.n_waiting
         if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
             raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
+        if connection.is_full:
+            raise Unavailable("overloaded", f"shard {self.name} has not taken the requests before this one")
         loop = asyncio.get_running_loop()
         stream = next(self._streams)
         call = _Call(verb, body, loop.create_future())
@@ -403,7 +408,7 @@ class _ClientConnection(Connection):
         self.greeted.set()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        self.transport = None
+        super().connection_lost(_exc)
         self.lost.set()
 
     def handle(self, frame: Frame) -> bool:

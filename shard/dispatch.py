@@ -346,7 +346,7 @@ class Dispatcher:
                 full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
                 request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))
-            elif claimed.contended and seat.keys:
+            elif seat.later or (claimed.contended and seat.keys):
                 self._again_soon(request)
             else:
                 request.woken = None

@@ -77,9 +77,11 @@ SELECT DISTINCT slot, class_id FROM ready
 -- name: read_classes
 { UNION ALL |(SELECT slot, class_id, body FROM requirement_class WHERE slot = %s AND class_id = %s)}
 
+-- A large payload is left out: who grants the job reads it then (specs_of).
 -- name: read_claimed
 SELECT job.id, job.slot, job.class_id, job.state, job.version, job.attempt, job.lost, job.max_attempts, job.priority,
-    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo, spec.body
+    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo,
+    IF(LENGTH(spec.body) <= %s, spec.body, NULL), LENGTH(spec.body)
 FROM job JOIN spec ON spec.id = job.id WHERE job.id IN %s
 
 -- name: insert_leases
