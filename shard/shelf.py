@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from prometheus_client import Counter, Gauge
+from shard.metrics import SHELF_BYTES, SHELF_TAKEN
 
 Row = tuple[Any, ...]
 
@@ -17,9 +17,7 @@ ROW_BYTES: Final = 1500
 """About what a row costs beside its payload: seventeen Python values and their container."""
 _SPEC: Final = 16
 
-_TAKEN: Final = Counter("culm_shelf_taken_total", "Ready jobs that a claim looked for on the shelf", ["found"])
-_BYTES: Final = Gauge("culm_shelf_bytes", "What the shelf holds, about")
-_FOUND, _MISSED = _TAKEN.labels("yes"), _TAKEN.labels("no")
+_FOUND, _MISSED = SHELF_TAKEN.labels("yes"), SHELF_TAKEN.labels("no")
 
 
 class Shelf:
@@ -41,7 +39,7 @@ class Shelf:
             self._n_bytes += _size(row)
         while self._n_bytes > self._max_bytes and self._rows:
             self._n_bytes -= _size(self._rows.popitem(last=False)[1])
-        _BYTES.set(self._n_bytes)
+        SHELF_BYTES.set(self._n_bytes)
 
     def put_if_room(self, rows: Sequence[Row]) -> None:
         """Keep these as far as nothing else must go for them."""
