@@ -17,5 +17,8 @@ EPOCH: Final = METRICS.gauge(
     workers="livemin",
 )
 PEER_HEARD: Final = METRICS.gauge(
-    "culm_peer_heard_seconds", "When a peer last told its section, unix time", "authority", workers="livemax"
+    "culm_peer_heard_seconds",
+    "When a peer last told its section, unix time; 0: not since the start",
+    "authority",
+    workers="livemax",
 )

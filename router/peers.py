@@ -46,6 +46,9 @@ class Peers:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._cut_off: set[str] = set()
+        for authority in settings.peers:
+            # There from the start, as 0: one that was never heard is missed, too.
+            PEER_HEARD.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
