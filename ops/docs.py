@@ -249,7 +249,7 @@ Each process exports these at `/metrics`, in Prometheus's text format. From the 
 |---|---|---|
 | router, monitor | at its port | an admin, or a user of role `monitor` (`culm token issue user x --role monitor`) |
 | shard | at its `http` address, a unix socket or a loopback port | whoever reaches it |
-| pilot | nowhere: it lives as long as a batch job | |
+| pilot | nowhere: it lives as long as a batch job | nobody |
 
 The workers of a router share its port, and a scrape gets to any. It answers for all: counters and histograms are
 the sum over the workers, also those that have ended; of a gauge the table says what it is. They share them in a folder
