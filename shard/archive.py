@@ -199,14 +199,18 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
     reports = _by_job(await tx.fetch("reports_of", gone))
     archived, tally = [], Counter[Counted]()
     of_months: Counter[tuple[int, int, str, str]] = Counter()
-    for identifier, slot, state, owner, vo, jobset, depth, ended_at in await tx.fetch("archived_from", gone):
+    for identifier, slot, state, owner, vo, jobset, depth, created_at, ended_at in await tx.fetch(
+        "archived_from", gone
+    ):
         body = ArchivedJob(
             row=list(rows[identifier]),
             spec=specs.get(identifier, b""),
             events=events.get(identifier, []),
             reports=reports.get(identifier, []),
         )
-        archived.append((identifier, ended_at, slot, state, owner, vo, jobset, depth, _ENCODER.encode(body)))
+        archived.append(
+            (identifier, ended_at, created_at, slot, state, owner, vo, jobset, depth, _ENCODER.encode(body))
+        )
         tally[slot, State(state), vo] -= 1
         of_months[_month_of(ended_at, months), slot, state, vo] += 1
     await tx.execute_rows("insert_archived", archived)

@@ -38,6 +38,8 @@ PATIENCE_S = 2.0
 """So long past its deadline a request looks again for a reason, before it is answered all the same."""
 MAX_KEYS_PER_BATCH = 4096
 """Classes that one batch may ask Redis for, over all its different offers; the rest is the next batch."""
+OFFERS_PER_TURN = 20
+"""Of the loop, when all that wait are looked at."""
 MAX_BROKEN = 10_000
 MAX_COLLISIONS = 5
 """Claims of one request that may hit a unique key."""
@@ -171,11 +173,14 @@ class Dispatcher:
             for key, n_jobs in counts.items():
                 self._wake(Wake(key, n_jobs))
 
-    def look_again(self) -> None:
+    async def look_again(self) -> None:
         """Nobody may wait whom an active class fits: he looked in vain, so an announcement was lost since."""
-        for slot, offer in self._parking.offers():
+        for n, (slot, offer) in enumerate(self._parking.offers(), start=1):
             for key in self._parts.classes.fitting([slot], offer)[:1]:
                 self._wake(Wake(key, None))
+            if n % OFFERS_PER_TURN == 0:
+                # Each may be matched with a thousand classes: the others have their turn in between.
+                await asyncio.sleep(0)
 
     async def withdraw(self, hints: Sequence[Hint]) -> None:
         """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
@@ -369,9 +374,11 @@ class Dispatcher:
         elif request.deadline <= now or len(self._parking) >= self._settings.dispatch.max_parked:
             self._answer(request, GetJobAnswer())
         else:
+            if not self._parking.park(request):
+                self._answer(request, GetJobAnswer())
+                return
             if request.timer is None:
                 request.timer = asyncio.get_running_loop().call_at(request.deadline, self._wait_is_over, request)
-            self._parking.park(request)
             if request.n_clients == 0:
                 # Its client went while it was in the claim: nobody waits, and it must not take a wake-up from others.
                 self._abandon(request)

@@ -172,7 +172,7 @@ class Shard:
 
     async def _sweep(self) -> None:
         await self.refill.sweep()
-        self.dispatcher.look_again()
+        await self.dispatcher.look_again()
 
     def _fresh_topology(self) -> Topology:
         self.topology.refresh_if_changed()

@@ -8,6 +8,7 @@ another's. Invariants I4 and I5 are kept by the same locks and rules as there.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from shard.transitions import Change, Job, Lease, job_of, note, writes
 N_WORKERS: Final = 2
 MAX_BATCH: Final = 128
 MAX_PENDING: Final = 20_000
+MAX_PER_JOB: Final = 16
+"""Words about one job that wait for the one before: a pilot has one under way, a second after a lost answer."""
 STOP_S: Final = 10.0
 
 _FULL: Final = SHED.labels("signs")
@@ -69,8 +72,9 @@ class Signs:
         self._arrived = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._singles: set[asyncio.Task[None]] = set()
-        self._under_way: set[int] = set()
-        """Jobs about which a word is being said: the next one about them waits, for words keep their order."""
+        self._behind: dict[int, deque[_Sign]] = {}
+        """By job about which a word is pending or being said, those that wait for its end: words keep their order."""
+        self._n_behind = 0
         self._stopping = False
 
     def start(self) -> None:
@@ -87,13 +91,14 @@ class Signs:
             for worker in late:
                 worker.cancel()
         await asyncio.gather(*self._workers, *self._singles, return_exceptions=True)
-        for sign in self._pending:
+        for sign in itertools.chain(self._pending, *self._behind.values()):
             _refuse(sign, Unavailable("stopping", "the shard is stopping"))
 
     def begin(self, call: Call) -> "asyncio.Future[Answer] | None":
         """Take on a heartbeat or a pilot's report; None for what is not plain at first sight.
 
-        It is done even if the future is cancelled: the pilot has said it. Raises Unavailable(overloaded, stopping).
+        A report is done even if the future is cancelled: the pilot has said it.
+        Raises Unavailable(overloaded, stopping).
         """
         request = call.request
         if isinstance(call, ShardHeartbeat):
@@ -104,12 +109,21 @@ class Signs:
             return None
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
-        if len(self._pending) >= MAX_PENDING:
+        if len(self._pending) + self._n_behind >= MAX_PENDING:
             _FULL.inc()
             raise Unavailable("overloaded", "too many heartbeats and reports are waiting")
         sign = _Sign(call, asyncio.get_running_loop().create_future())
-        self._pending.append(sign)
-        self._arrived.set()
+        behind = self._behind.get(request.id)
+        if behind is None:
+            self._behind[request.id] = deque()
+            self._pending.append(sign)
+            self._arrived.set()
+        elif len(behind) >= MAX_PER_JOB:
+            _FULL.inc()
+            raise Unavailable("overloaded", f"too many heartbeats and reports of job {request.id} are waiting")
+        else:
+            behind.append(sign)
+            self._n_behind += 1
         return sign.answer
 
     async def _work(self) -> None:
@@ -120,21 +134,18 @@ class Signs:
                 await self._serve(batch)
 
     def _next_batch(self) -> list[_Sign]:
-        """At most one word about each job, and none while another one about it is under way."""
-        batch: dict[int, _Sign] = {}
-        later: list[_Sign] = []
-        while self._pending and len(batch) + len(later) < MAX_BATCH:
+        """Words about different jobs, for of each at most one is pending. Who sent a heartbeat and went is left out."""
+        batch: list[_Sign] = []
+        while self._pending and len(batch) < MAX_BATCH:
             sign = self._pending.popleft()
-            identifier = sign.call.request.id
-            if identifier in self._under_way or batch.setdefault(identifier, sign) is not sign:
-                later.append(sign)
-        self._pending.extendleft(reversed(later))
-        self._under_way.update(batch)
-        # Who waits for another one's end is looked at again when that comes.
-        if not batch or not self._pending:
+            if sign.answer.cancelled() and isinstance(sign.call, ShardHeartbeat):
+                self._said(sign)
+            else:
+                batch.append(sign)
+        if not self._pending:
             self._arrived.clear()
-        SIGNS_PENDING.set(len(self._pending))
-        return list(batch.values())
+        SIGNS_PENDING.set(len(self._pending) + self._n_behind)
+        return batch
 
     async def _serve(self, batch: list[_Sign]) -> None:
         """One transaction for all that is plain; a failure is answered to each, and never ends the worker."""
@@ -179,7 +190,13 @@ class Signs:
             self._said(sign)
 
     def _said(self, sign: _Sign) -> None:
-        self._under_way.discard(sign.call.request.id)
+        """The next word about its job has its turn."""
+        behind = self._behind[sign.call.request.id]
+        if behind:
+            self._n_behind -= 1
+            self._pending.append(behind.popleft())
+        else:
+            del self._behind[sign.call.request.id]
         if self._pending or self._stopping:
             self._arrived.set()
 

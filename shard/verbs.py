@@ -37,7 +37,7 @@ from culm.wire import (
     ShardSiteWhy,
     ShardSubmit,
 )
-from shard import reads
+from shard import lists, reads
 from shard.archive import Archive
 from shard.askers import WINDOW_S, Askers
 from shard.database import Database
@@ -88,7 +88,7 @@ class Verbs:
             "cancel": _entry(ShardCancel, cases.lifecycle.cancel),
             "release": _entry(ShardRelease, self._release),
             "job": _entry(ShardJob, lambda call: reads.read_job(database, topology(), call)),
-            "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
+            "jobs": _entry(ShardJobs, lambda call: lists.list_jobs(database, topology(), call)),
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
             "archive": _entry(ShardArchive, self._archive),

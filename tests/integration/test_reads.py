@@ -204,7 +204,7 @@ async def _walk(shard: Partition, who: Principal = ADMIN, **query: object) -> tu
 async def test_a_list_looks_at_a_bounded_number_of_rows_and_says_where_to_go_on(
     shard: Partition, monkeypatch: pytest.MonkeyPatch, query: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("shard.reads.MAX_EXAMINED", 10)
+    monkeypatch.setattr("shard.lists.MAX_EXAMINED", 10)
     ids = await shard.submit(*[job()] * 45)
     await shard.cancel(ids[3], ids[44])
     assert await _walk(shard, **query) == (ids, 5)
