@@ -5,6 +5,7 @@ Every write by a pilot names attempt and lease token; what does not match the le
 data side gets the present state, if the job's history has it.
 """
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final, TypedDict
@@ -31,7 +32,7 @@ from culm.wire import (
     SlotRef,
 )
 from shard.archive import ArchivedJob, find_archived
-from shard.database import Database, Transaction
+from shard.database import Database, Row, Transaction
 from shard.hints import Hint, Notices
 from shard.ownership import Ownership
 from shard.terms import Terms, silence_s
@@ -53,6 +54,9 @@ DATA_EVENTS: Final = frozenset(
 AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
 _DATA_MAY_END: Final = UNREADY | AFTER_WORKER
 _IDS_PER_TRANSACTION: Final = 200
+_ENDED_PER_CALL: Final = 10_000
+_ENDING_S: Final = 3.0
+"""Of a jobset in one call: the answer fits into a frame and comes before the router gives up."""
 GIVEN_BACK: Final = 1
 """Our own code: PanDA has none for it."""
 _CANCELLED: Final[CancelOutcome] = "cancelled"
@@ -121,13 +125,18 @@ class Lifecycle:
             return CancelAnswer(jobs=ended)
         # What a moved slot left behind here is not ours to end.
         slots = tuple(ref.slot for ref in call.slots) or tuple(self._ownership.open)
-        ended, after = [], 0
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _ENDING_S
+        ended, after = list[CancelledJob](), call.after
         while True:
-            ids = await self._ids_of_jobset(call.jobset, slots, after)
-            if not ids:
+            rows = await self._database.run("read", partial(_of_jobset, at=(call.jobset, after, slots)))
+            if not rows:
                 return CancelAnswer(jobs=ended)
-            ended += await self._cancel_ids(call.principal, ids)
-            after = ids[-1]
+            after = rows[-1][0]
+            told, ids = _sorted_out(call.principal, rows)
+            ended += told + await self._cancel_ids(call.principal, ids)
+            if len(ended) >= _ENDED_PER_CALL or loop.time() > until:
+                return CancelAnswer(jobs=ended, next=after)
 
     async def release_request(self, subject: str, request_id: str) -> int:
         """Give back the jobs that this get_job was granted, unless a sign of life came; how many.
@@ -274,12 +283,6 @@ class Lifecycle:
             return lost(job, actor, JobError(plane="culm", code=GIVEN_BACK, text=f"given back {n_before + 1} times"))
         return Change(job=job, event=Event.RELEASE, actor=actor, detail=detail)
 
-    async def _ids_of_jobset(self, jobset: int, slots: tuple[int, ...], after: int) -> list[int]:
-        rows = await self._database.run(
-            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, slots, _IDS_PER_TRANSACTION)
-        )
-        return [row[0] for row in rows]
-
     def _slots_of(self, ids: Sequence[int]) -> list[SlotRef]:
         """The slots of jobs at the epochs that we know; the lock checks them."""
         return [SlotRef(slot, self._ownership.open.get(slot, 0)) for slot in {slot_of(i) for i in ids}]
@@ -396,6 +399,28 @@ def _check_report(call: ShardReport) -> None:
         raise ClientFault("bad_report", f"{request.event} is not an event of the data side")
     if request.state is not None and (request.state not in PILOT_EVENTS or not request.lease_token):
         raise ClientFault("bad_report", f"a pilot cannot report {request.state} so, or the lease token is missing")
+
+
+async def _of_jobset(tx: Transaction, at: tuple[int, int, tuple[int, ...]]) -> list[Row]:
+    jobset, after, slots = at
+    return await tx.fetch("jobs_of_jobset", jobset, after, slots, _IDS_PER_TRANSACTION)
+
+
+def _sorted_out(principal: Principal, rows: Sequence[Row]) -> tuple[list[CancelledJob], list[int]]:
+    """The outcomes that need no lock, and the jobs that do. Of what the caller may not see nothing is said."""
+    told: list[CancelledJob] = []
+    ids: list[int] = []
+    for identifier, slot, state, owner, vo, working_group in rows:
+        of_job: _OfJob = {"vo": vo, "owner": owner, "authority": authority_of_slot(slot)}
+        if not access.may_end(principal, working_group=working_group, **of_job):
+            if access.may_read(principal, **of_job):
+                told.append(CancelledJob(id=identifier, outcome="forbidden"))
+        elif State(state) in FINAL:
+            # Final for good: it needs no lock to say so.
+            told.append(CancelledJob(id=identifier, outcome="already_final", state=State(state)))
+        else:
+            ids.append(identifier)
+    return told, ids
 
 
 def _cancel_outcome(principal: Principal, job: Job | None) -> CancelOutcome:

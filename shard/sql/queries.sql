@@ -238,7 +238,8 @@ FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id
 
 -- name: jobs_of_jobset
-SELECT id FROM job WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMIT %s
+SELECT id, slot, state, owner, vo, working_group FROM job FORCE INDEX (jobs_of_jobset)
+WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMIT %s
 
 -- ---- reads
 
