@@ -20,7 +20,7 @@ from shard.database import ChangedUnderfootError, Row, Step, Transaction
 from shard.hints import ClassKey, Hint
 from shard.shelf import Shelf, read_claimed
 from shard.terms import Terms
-from shard.transitions import Change, happenings, job_of, lock_slots, require_open, writes
+from shard.transitions import Change, job_of, lock_slots, note, require_open, writes
 
 MAX_ROUNDS: Final = 4
 CLASSES_PER_STATEMENT: Final = 100
@@ -171,7 +171,7 @@ async def claim_at_once(
     await _bring_large(tx, seats, jobs)
     answers = await tx.together(steps)
     require_open(wanted, answers[0])
-    tx.happened += happenings(changes)
+    note(tx, changes)
     return result
 
 
@@ -294,7 +294,7 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], terms: Terms, result
         return
     await _bring_large(tx, result.seats, jobs)
     await tx.together(writes(changes, tx.writer, leases))
-    tx.happened += happenings(changes)
+    note(tx, changes)
 
 
 def _grants(

@@ -14,11 +14,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from prometheus_client import Counter as Metric
-from prometheus_client import Gauge
-
 from culm.errors import ClientFault, CulmError, Moved, Unavailable
 from culm.settings import ShardSettings
+from culm.telemetry import SHED
 from culm.wire import GetJobAnswer, ShardGetJob
 from shard.askers import Askers
 from shard.claim import Claimed, Seat, claim, claim_at_once, enough, groups_of, identity
@@ -27,6 +25,7 @@ from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
 from shard.driver import DuplicateKeyError
 from shard.hints import ClassKey, Hint
+from shard.metrics import BROKEN, CLAIM_BATCHES, DISPATCHED, PARKED, PENDING
 from shard.ownership import Ownership
 from shard.parking import Parking
 from shard.refill import Refill
@@ -45,11 +44,7 @@ MAX_BROKEN = 10_000
 MAX_COLLISIONS = 5
 """Claims of one request that may hit a unique key."""
 
-_DISPATCHED = Metric("culm_jobs_dispatched_total", "Jobs given to pilots")
-_BATCHES = Metric("culm_claim_batches_total", "Claim transactions")
-_BROKEN = Metric("culm_broken_jobs_total", "Jobs that a claim passed over, for their rows do not fit together")
-_PARKED = Gauge("culm_parked_requests", "Long polls that wait for a job")
-_PENDING = Gauge("culm_pending_requests", "get_job requests that wait for a claim")
+_FULL = SHED.labels("get_jobs")
 
 log = logging.getLogger("shard.dispatch")
 
@@ -147,6 +142,7 @@ class Dispatcher:
         request = self._requests.get(key)
         if request is None:
             if len(self._pending) >= self._settings.dispatch.max_pending:
+                _FULL.inc()
                 raise Unavailable("overloaded", "too many get_job requests are waiting")
             slots = tuple([ref.slot for ref in call.slots])
             request = Request(call, next(self._numbers), key, slots, loop.time() + call.wait_s)
@@ -220,7 +216,7 @@ class Dispatcher:
             batch.append(request)
         if not self._pending:
             self._arrived.clear()
-        _PENDING.set(len(self._pending))
+        PENDING.set(len(self._pending))
         return batch
 
     async def _serve(self, batch: list[Request]) -> None:
@@ -323,12 +319,12 @@ class Dispatcher:
         return hints
 
     def _settle(self, batch: list[Request], claimed: Claimed, announced: dict[ClassKey, int]) -> None:
-        _BATCHES.inc()
+        CLAIM_BATCHES.inc()
         for key in claimed.empty:
             self._parts.classes.seen_empty(key, announced[key])
         self._put_back(claimed.unused)
         if claimed.broken:
-            _BROKEN.inc(len(claimed.broken))
+            BROKEN.inc(len(claimed.broken))
             log.error("passed over, their rows do not fit together (culm audit): %s", sorted(claimed.broken)[:20])
             if len(self._broken) < MAX_BROKEN:
                 self._broken |= claimed.broken
@@ -336,11 +332,11 @@ class Dispatcher:
             self._parts.refill.taken(hint.id for hint in claimed.from_database)
             self._parts.refill.shelf.drop(hint.id for hint in claimed.from_database)
             self._aside(self._remove_quietly(claimed.from_database))
+        DISPATCHED.inc(sum(len(seat.taken) for seat in claimed.seats))
         for request, seat in zip(batch, claimed.seats, strict=True):
             if seat.refusal is not None:
                 self._fail(request, seat.refusal)
             elif seat.grants:
-                _DISPATCHED.inc(len(seat.taken))
                 slots = (key.slot for key in seat.taken)
                 self._parts.askers.given(seat.call.offer.queue, seat.call.pilot.id, slots)
                 full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
@@ -386,7 +382,7 @@ class Dispatcher:
             if request.n_clients == 0:
                 # Its client went while it was in the claim: nobody waits, and it must not take a wake-up from others.
                 self._abandon(request)
-            _PARKED.set(len(self._parking))
+            PARKED.set(len(self._parking))
 
     def _announced_since(self, request: Request) -> bool:
         classes = self._parts.classes
@@ -401,11 +397,11 @@ class Dispatcher:
             n_left -= request.n_jobs
             request.woken = Wake(wake.key, share)
             self._enqueue(request)
-        _PARKED.set(len(self._parking))
+        PARKED.set(len(self._parking))
 
     def _wait_is_over(self, request: Request) -> None:
         if self._parking.leave(request):
-            _PARKED.set(len(self._parking))
+            PARKED.set(len(self._parking))
             if self._parts.classes.fitting(request.slots, request.offer):
                 # There may be a job whose announcement was lost: no empty answer without a look.
                 self._enqueue(request)

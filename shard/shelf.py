@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from prometheus_client import Counter, Gauge
+from shard.metrics import SHELF_BYTES, SHELF_TAKEN
 
 from shard.database import Row, Transaction
 
@@ -19,9 +19,7 @@ INLINE_BYTES: Final = 64 << 10
 """A larger payload is not in its row: a look at many jobs must not read megabytes of each."""
 _SPEC: Final = 16
 
-_TAKEN: Final = Counter("culm_shelf_taken_total", "Ready jobs that a claim looked for on the shelf", ["found"])
-_BYTES: Final = Gauge("culm_shelf_bytes", "What the shelf holds, about")
-_FOUND, _MISSED = _TAKEN.labels("yes"), _TAKEN.labels("no")
+_FOUND, _MISSED = SHELF_TAKEN.labels("yes"), SHELF_TAKEN.labels("no")
 
 
 async def read_claimed(tx: Transaction, ids: Sequence[int]) -> Sequence[Row]:
@@ -48,7 +46,7 @@ class Shelf:
             self._n_bytes += _size(row)
         while self._n_bytes > self._max_bytes and self._rows:
             self._n_bytes -= _size(self._rows.popitem(last=False)[1])
-        _BYTES.set(self._n_bytes)
+        SHELF_BYTES.set(self._n_bytes)
 
     def put_if_room(self, rows: Sequence[Row]) -> None:
         """Keep these as far as nothing else must go for them."""

@@ -224,6 +224,11 @@ FOR UPDATE SKIP LOCKED
 -- name: stop_ready_by_id
 SELECT id FROM ready FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
+-- The ready job with the lowest number of each of several slots, and how long it has been ready.
+-- name: oldest_ready
+{ UNION ALL |(SELECT slot, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)) FROM ready FORCE INDEX (PRIMARY)
+    WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1)}
+
 -- name: old_ready
 SELECT id, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)), class_id
 FROM ready FORCE INDEX (PRIMARY)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from prometheus_client import REGISTRY
 
 from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
 from culm.frames import Frame, Kind, encode_frame
@@ -284,12 +285,36 @@ async def test_an_answer_for_a_connection_that_is_gone_is_undelivered(shard: Sha
     await eventually(lambda: shard.undelivered == [("stubborn", b"ask", b"granted")], DEADLINE_S)
 
 
+def shed(reason: str) -> float:
+    """How many calls were refused because something was full."""
+    return REGISTRY.get_sample_value("culm_shed_total", {"reason": reason}) or 0.0
+
+
+async def test_calls_are_timed_but_for_those_that_wait_or_are_given_up(shard: Shard, folder: Path) -> None:
+    times: list[float] = []
+    async with linked(f"unix:{folder}/s", LinkOptions(timed=times.append)) as client:
+        await client.wait_connected(DEADLINE_S)
+        await client.call("echo", b"x", DEADLINE_S)
+        assert len(times) == 1
+        assert 0 < times[0] < DEADLINE_S
+        await client.call("echo", b"x", DEADLINE_S, waits=True)
+        given_up = asyncio.create_task(client.call("wait", b"", DEADLINE_S))
+        await eventually(lambda: shard.started, DEADLINE_S)
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        assert len(times) == 1
+        assert (await failing(client.call("wait", b"", 0.01))).code == "deadline"
+        assert len(times) == 2
+
+
 async def test_beyond_the_window_nothing_is_sent(shard: Shard, folder: Path) -> None:
     async with linked(f"unix:{folder}/s", LinkOptions(window=2)) as client:
         await client.wait_connected(DEADLINE_S)
         calls = [asyncio.create_task(client.call("wait", b"", DEADLINE_S)) for _ in range(2)]
         await eventually(lambda: len(shard.started) == 2, DEADLINE_S)
+        before = shed("link_window")
         assert (await failing(client.call("echo", b"", DEADLINE_S))).code == "overloaded"
+        assert shed("link_window") == before + 1
         shard.gate.set()
         await asyncio.gather(*calls)
         assert await client.call("echo", b"x", DEADLINE_S) == b"x"
@@ -359,7 +384,9 @@ async def test_calls_that_wait_have_a_bound_of_their_own(shard: Shard, folder: P
         calls = [asyncio.create_task(client.call("wait", b"", DEADLINE_S, waits=True)) for _ in range(3)]
         await eventually(lambda: len(shard.started) == 3, DEADLINE_S)
         assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+        before = shed("link_waiting")
         assert (await failing(client.call("echo", b"", DEADLINE_S, waits=True))).code == "overloaded"
+        assert shed("link_waiting") == before + 1
         calls.pop().cancel()
         await eventually(lambda: client._connection is not None and client._connection.n_waiting == 2, DEADLINE_S)
         calls.append(asyncio.create_task(client.call("wait", b"", DEADLINE_S, waits=True)))
