@@ -9,9 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from shard.metrics import SHELF_BYTES, SHELF_TAKEN
-
 from shard.database import Row, Transaction
+from shard.metrics import SHELF_BYTES, SHELF_TAKEN
 
 ROW_BYTES: Final = 1500
 """About what a row costs beside its payload: eighteen Python values and their container."""
