@@ -43,7 +43,10 @@ class ShardLinks:
         shards = self._topology().shards
         for name, link in list(self._links.items()):
             if name not in shards or shards[name].link != link.where:
-                await self._links.pop(name).stop()
+                # Out first: while one waits for its end another call may come here.
+                gone = self._links.pop(name, None)
+                if gone is not None:
+                    await gone.stop()
         for name, shard in shards.items():
             if name not in self._links:
                 options = replace(self._options, orphan=partial(self._orphan, name), timed=self._timed(name))

@@ -50,6 +50,9 @@ LEASES_EXPIRED: Final = _counter(
     "culm_lease_expired_total", "Leases that ended by the database's clock, by the event that followed", "outcome"
 )
 LEASES_STUCK: Final = _counter("culm_stuck_leases_total", "Looks at a lease that could not be ended")
+HUNG_UP_JOBS: Final = _counter(
+    "culm_hung_up_jobs_total", "Jobs that were given and taken back, for the client was gone before its answer"
+)
 SIGN_BATCHES: Final = _counter("culm_sign_batches_total", "Transactions of heartbeats and reports")
 SIGNS_PENDING: Final = _gauge("culm_pending_signs", "Heartbeats and reports that wait for a transaction")
 SAMPLES_TAKEN: Final = _counter("culm_tally_samples_total", "Hours whose tallies were sampled")

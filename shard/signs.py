@@ -23,7 +23,7 @@ from culm.wire import HeartbeatAnswer, ReportAnswer, ShardHeartbeat, ShardReport
 from shard.database import Database, Step, Transaction, for_rows
 from shard.driver import DuplicateKeyError
 from shard.hints import Hint, Notices
-from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, Lifecycle, holds
+from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, REPORTED, Lifecycle, holds
 from shard.metrics import SIGN_BATCHES, SIGNS_PENDING
 from shard.ownership import Ownership
 from shard.transitions import Change, Job, Lease, job_of, note, writes
@@ -104,7 +104,7 @@ class Signs:
         if isinstance(call, ShardHeartbeat):
             plain = request.state in HEARTBEAT_STATES
         else:
-            plain = call.request.event is None and request.state in PILOT_EVENTS and bool(request.lease_token)
+            plain = call.request.event is None and request.state in REPORTED and bool(request.lease_token)
         if not plain or not self._workers or not self._ownership.holds([call.at]):
             return None
         if self._stopping:
@@ -265,6 +265,8 @@ class Signs:
         event = PILOT_EVENTS[call.request.state]
         if event is Event.RELEASE and job.cancel_requested:
             event = Event.CANCEL
+        if event is Event.RELEASE and not self._lifecycle.is_free(job):
+            return
         change, request = self._lifecycle.reported(call, job, event)
         plan.changes.append(change)
         if change.target not in LEASED:

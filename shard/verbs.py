@@ -186,8 +186,8 @@ class Verbs:
         return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
 
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
-        n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)
-        return ShardReleaseAnswer(n_jobs=n_jobs)
+        # By way of the dispatcher: a repeat of that request, by way of another router, must wait for its end.
+        return ShardReleaseAnswer(n_jobs=await self._cases.dispatcher.hand_back(call.subject, call.request_id))
 
 
 def _finish(verb: str, waits: bool | None, started: float, future: "asyncio.Future[msgspec.Struct]") -> bytes:

@@ -194,10 +194,16 @@ UPDATE lease FORCE INDEX (PRIMARY) SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), I
 -- ---- report, release, reaper
 
 -- name: find_report
-SELECT token, state FROM report WHERE id = %s AND attempt = %s
+SELECT token, state, body FROM report WHERE id = %s AND attempt = %s
 
 -- name: find_event
 SELECT n FROM job_event WHERE id = %s AND event = %s LIMIT 1
+
+-- name: find_event_of_attempt
+SELECT n FROM job_event WHERE id = %s AND event = %s AND attempt = %s LIMIT 1
+
+-- name: count_events_of
+SELECT COUNT(*) FROM job_event WHERE id = %s AND event = %s AND detail LIKE %s
 
 -- name: insert_report
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)

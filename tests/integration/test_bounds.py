@@ -9,10 +9,10 @@ import pytest
 from culm.errors import Unavailable
 from culm.settings import DispatchSettings, Timeouts
 from culm.states import Event, State
-from culm.wire import JobSpec
+from culm.wire import JobSpec, ShardRelease, ShardReleaseAnswer
 from shard.claim import MAX_BATCH_BYTES, MAX_SPEC_BYTES
 from shard.classes import ClassRegistry
-from tests.partition import OFFER, OTHER_USER, Partition, Servers, job, partition
+from tests.partition import OFFER, OTHER_USER, PILOT, Partition, Servers, job, partition
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
@@ -139,6 +139,20 @@ async def test_who_is_woken_for_more_than_fits_passes_the_rest_on(shard: Partiti
 
 
 # --- hand-backs -------------------------------------------------------------------------------------------------------
+
+
+async def test_clients_that_hang_up_cost_a_job_nothing(both: Servers) -> None:
+    async with partition(both, timeouts=Timeouts(max_releases=2)) as shard:
+        [identifier] = await shard.submit(job(max_attempts=1))
+        for n in range(8):
+            assert len(await shard.get(request_id=f"r{n}")) == 1
+            call = ShardRelease(subject=PILOT.subject, request_id=f"r{n}")
+            assert (await shard.ask("release", call, ShardReleaseAnswer)).n_jobs == 1
+        assert await shard.state(identifier) is State.ACTIVATED
+        # What pilots give back themselves is counted without those.
+        for state in (State.ACTIVATED, State.ACTIVATED, State.FAILED):
+            [grant] = await shard.get()
+            assert (await shard.report(grant, State.ACTIVATED)).state is state
 
 
 async def test_a_job_that_every_pilot_gives_back_comes_to_an_end(both: Servers) -> None:
