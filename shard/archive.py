@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Final
 
 import msgspec
-from prometheus_client import Counter as Metric
 
 from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
 from culm.ids import id_range
@@ -21,6 +20,7 @@ from culm.settings import ArchiveSettings
 from culm.states import FINAL, State
 from culm.wire import ArchivePartition, SlotRef
 from shard.database import Database, Row, Transaction
+from shard.metrics import ARCHIVED, NOT_ARCHIVED
 from shard.ownership import Ownership
 from shard.transitions import Counted, add_to_tallies, lock_jobs, lock_slots
 
@@ -48,9 +48,6 @@ FIRST_YEAR: Final = 2020
 """What ended before lies in one partition."""
 _FINAL: Final = tuple(sorted(FINAL))
 _ENCODER: Final = msgspec.msgpack.Encoder()
-
-_MOVED: Final = Metric("culm_archived_jobs_total", "Jobs that went into the archive")
-LEFT: Final = Metric("culm_archive_failures_total", "Left by the pass: a slot this time, or a job", ["what"])
 
 log = logging.getLogger("shard.archive")
 
@@ -133,7 +130,7 @@ class Archive:
             try:
                 n_moved += await self._move_of(SlotRef(slot, epoch), older_s)
             except CulmError as error:
-                LEFT.labels("slot").inc()
+                NOT_ARCHIVED.labels("slot").inc()
                 log.warning("slot %d: %s", slot, error)
                 failed.append(error)
         if failed and not n_moved:
@@ -273,13 +270,13 @@ class Archive:
         except Exception:  # whatever is wrong with one job must not keep all others out of the archive
             if len(ids) > 1:
                 return sum([await self._move_some(at, [one]) for one in ids])
-            LEFT.labels("job").inc()
+            NOT_ARCHIVED.labels("job").inc()
             log.exception("job %d cannot be archived", ids[0])
             if len(self._left) >= MAX_LEFT:
                 self._left.clear()
             self._left[ids[0]] = self._database.clock.monotonic() + RETRY_S
             return 0
-        _MOVED.inc(n_moved)
+        ARCHIVED.inc(n_moved)
         return n_moved
 
     def _is_left(self, identifier: int) -> bool:

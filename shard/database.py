@@ -8,17 +8,17 @@ transactions share a tally row.
 import asyncio
 import contextlib
 import re
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from prometheus_client import Counter, Gauge
-
 from culm.clock import Clock, SystemClock
 from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
-from culm.wire import Happening
+from culm.wire import Happening, JobError
+from shard.counted import QUERY_TIMES, committed
 from shard.driver import (
     DRIVER_ERRORS,
     LOCK_WAIT,
@@ -33,6 +33,7 @@ from shard.driver import (
     mapped,
     too_large,
 )
+from shard.metrics import POOL_IN_USE, POOL_WAIT, RETRIES
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
 Pool = Literal["claim", "write", "read", "user"]
@@ -46,9 +47,6 @@ _UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
 _MAX_PACKET: Final = "SELECT @@max_allowed_packet"
 RESTART_S: Final = 2.0
 """Two looks at a server's start differ by less, for it counts whole seconds."""
-
-_IN_USE: Final = Gauge("culm_db_pool_in_use", "Connections in use", ["pool"])
-_RETRIES: Final = Counter("culm_db_retries_total", "Transactions run again", ["errno"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,8 @@ class Transaction:
         self.writer = writer
         self.happened: list[Happening] = []
         """To be told when this is committed."""
+        self.failed: list[JobError | None] = []
+        """Why jobs failed in it, one each; None: nobody said."""
         self.n_done = 0
         """Statements that were answered."""
         self._connection = connection
@@ -94,23 +94,23 @@ class Transaction:
 
     async def fetch(self, name: str, *arguments: Any) -> list[Row]:
         """All rows of a statement."""
-        return (await self._run(self._statements[name].head, arguments))[1]
+        return (await self._run(name, self._statements[name].head, arguments))[1]
 
     async def fetch_rows(self, name: str, rows: Sequence[Sequence[Any]]) -> list[Row]:
         """All rows of a statement whose repeated part takes one row of arguments each; none for no rows."""
         if not rows:
             return []
-        return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[1]
+        return (await self._run(name, self._statements[name].for_rows(len(rows)), flatten(rows)))[1]
 
     async def execute(self, name: str, *arguments: Any) -> int:
         """Run a statement; the number of rows it found or changed."""
-        return (await self._run(self._statements[name].head, arguments))[0]
+        return (await self._run(name, self._statements[name].head, arguments))[0]
 
     async def execute_rows(self, name: str, rows: Sequence[Sequence[Any]]) -> int:
         """Run a statement with a repeated part for all rows at once; nothing for no rows."""
         if not rows:
             return 0
-        return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
+        return (await self._run(name, self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
 
     async def together(self, steps: Sequence[Step]) -> list[list[Row]]:
         """Several statements in one packet, in their order; the rows of each, none of a write.
@@ -127,6 +127,7 @@ class Transaction:
             flat += arguments
         answers: list[list[Row]] = []
         wrong = False
+        began = time.perf_counter()
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
             try:
                 n_rows = await cursor.execute(";\n".join(texts), flat or None)
@@ -144,6 +145,8 @@ class Transaction:
             except (OSError, EOFError) as error:
                 self._require_packet(cursor, (";\n".join(texts), flat), error)
                 raise
+            finally:
+                QUERY_TIMES[steps[0].name].observe(time.perf_counter() - began)
             self.n_done += len(steps)
         if wrong:
             raise ChangedUnderfootError
@@ -162,7 +165,7 @@ class Transaction:
             text = text.replace(f":{key}", word)
         await self.execute("wait_a_second")
         try:
-            await self._run(text, (), timeout_s)
+            await self._run(name, text, (), timeout_s)
         except DRIVER_ERRORS as error:
             if errno(error) not in LOST:
                 await self.execute("wait_as_ever")
@@ -172,7 +175,10 @@ class Transaction:
             raise
         await self.execute("wait_as_ever")
 
-    async def _run(self, sql: str, arguments: Sequence[Any], timeout_s: float | None = None) -> tuple[int, list[Row]]:
+    async def _run(
+        self, name: str, sql: str, arguments: Sequence[Any], timeout_s: float | None = None
+    ) -> tuple[int, list[Row]]:
+        began = time.perf_counter()
         async with asyncio.timeout(timeout_s or self._timeout_s), self._connection.cursor() as cursor:
             text, flat = expand(sql, arguments)
             try:
@@ -181,6 +187,8 @@ class Transaction:
             except (*DRIVER_ERRORS, OSError, EOFError) as error:
                 self._require_packet(cursor, (text, flat), error)
                 raise
+            finally:
+                QUERY_TIMES[name].observe(time.perf_counter() - began)
             self.n_done += 1
             return n_rows, rows
 
@@ -247,15 +255,15 @@ class Database:
                 async with self._pools[pool].transaction() as transaction:
                     return await work(transaction)
             except ChangedUnderfootError:
-                _RETRIES.labels("changed").inc()
+                RETRIES.labels("changed").inc()
             except _StaleError:
-                _RETRIES.labels("stale").inc()
+                RETRIES.labels("stale").inc()
                 continue
             except DRIVER_ERRORS as error:
                 number = errno(error)
                 if number not in RETRIED:
                     raise mapped(error) from error
-                _RETRIES.labels(str(number)).inc()
+                RETRIES.labels(str(number)).inc()
             if attempt < MAX_TRIES:
                 # Linear: the rival needs a few milliseconds, and MAX_TRIES bounds it.
                 await asyncio.sleep(0.002 * attempt)
@@ -287,16 +295,13 @@ class _Pool:
         self.name: Pool = name
         self._free: deque[tuple[int, Connection | None, int]] = deque((writer, None, 0) for writer in writers)
         self._slots = asyncio.Semaphore(len(writers))
-        self._gauge = _IN_USE.labels(name)
+        self._gauge = POOL_IN_USE.labels(name)
+        self._wait = POOL_WAIT.labels(name)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         settings = self.database.settings
-        try:
-            async with asyncio.timeout(settings.acquire_timeout_s):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise Unavailable("database_busy", f"no {self.name} connection became free in time") from None
+        await self._acquire()
         # The most recently used one first: idle ones stay idle.
         writer, connection, generation = self._free.pop()
         keep, used = False, True
@@ -319,6 +324,7 @@ class _Pool:
                 raise
             keep = True
             if transaction.happened:
+                committed(transaction.happened, transaction.failed)
                 self.database.on_commit(transaction.happened)
         except TimeoutError:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
@@ -336,6 +342,16 @@ class _Pool:
             self._free.append((writer, connection if keep else None, generation))
             self._gauge.dec()
             self._slots.release()
+
+    async def _acquire(self) -> None:
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.database.settings.acquire_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise Unavailable("database_busy", f"no {self.name} connection became free in time") from None
+        finally:
+            self._wait.observe(time.perf_counter() - began)
 
     def _lost(self, transaction: Transaction | None, *, used: bool) -> None:
         """Note a connection that is gone. Raises _StaleError if it was gone before it was used: nothing was done."""

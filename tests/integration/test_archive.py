@@ -29,6 +29,7 @@ from ops.audit import audit
 from shard import archive as archiving
 from shard.database import Row, Transaction
 from shard.driver import connect
+from shard.metrics import NOT_ARCHIVED
 from shard.ownership import Ownership
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
@@ -363,13 +364,13 @@ async def test_what_cannot_move_stays_alone_and_holds_up_nobody(
         moved_away = SimpleNamespace(
             open={shard.slot("BNL").slot: 99, shard.slot("CNAF").slot: shard.slot("CNAF").epoch}
         )
-        before = archiving.LEFT.labels("slot")._value.get(), archiving.LEFT.labels("job")._value.get()
+        before = NOT_ARCHIVED.labels("slot")._value.get(), NOT_ARCHIVED.labels("job")._value.get()
         archive = archiving.Archive(shard.shard.database, cast(Ownership, moved_away), ArchiveSettings(batch=2))
         assert await archive.move(NOW) == 1
         archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings(batch=2))
         assert [await archive.move(NOW) for _ in range(4)] == [1, 2, 2, 0]
         assert await shard.rows("SELECT id FROM job") == [(ids[1],)]
-        after = archiving.LEFT.labels("slot")._value.get(), archiving.LEFT.labels("job")._value.get()
+        after = NOT_ARCHIVED.labels("slot")._value.get(), NOT_ARCHIVED.labels("job")._value.get()
         assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
         assert str(ids[1]) in caplog.text
 
