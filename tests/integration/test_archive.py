@@ -509,6 +509,7 @@ async def test_a_drop_that_is_cut_off_is_ended_by_a_repeat_and_excuses_nothing_b
     assert waiting in {one.subject for one in found if one.rule == "submission_incomplete"}
 
 
+@pytest.mark.filterwarnings("ignore:'INFORMATION_SCHEMA.PROCESSLIST' is deprecated")
 async def test_who_reads_the_archive_for_long_is_waited_for_by_nobody(shard: Partition) -> None:
     name, _ = await in_old_month(shard, 2)
     reading = await connect(shard.settings.database, autocommit=False)

@@ -84,6 +84,14 @@ async def _slots(database: Database) -> set[int]:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+async def _version(database: Database) -> str:
+    connection = await connect(database.settings, autocommit=True)
+    try:
+        return connection.get_server_info()
+    finally:
+        connection.close()
+
+
 async def test_a_table_that_was_altered_under_a_snapshot_is_read_again(database: Database) -> None:
     tries = 0
 
@@ -98,7 +106,9 @@ async def test_a_table_that_was_altered_under_a_snapshot_is_read_again(database:
             await database.run("claim", lambda other: other.alter(*add, name="p202001", bound="2020-02-01"))
         return await tx.fetch("read_depths", (1,), (1,))
 
-    assert (await database.run("write", read), tries) == ([], 2)
+    assert await database.run("write", read) == []
+    # MariaDB refuses the table as it was, MySQL has it still.
+    assert tries == 2 - ("MariaDB" not in await _version(database))
 
 
 @pytest.mark.parametrize("pool", POOLS)
