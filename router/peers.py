@@ -1,13 +1,15 @@
 """The other authorities: a copy of each one's section and public keys, kept up to date while it can be reached.
 
 An authority changes its own section only, so there is never anything to merge: the newer epoch of its own wins. While
-it is cut off, the last good copy stays, and so do the keys that its tokens are verified with.
+it is cut off, the last good copy stays, and so do the keys that its tokens are verified with. One that steps back, or
+says another thing at the same epoch, is not believed: it has lost its section (docs/runbook.md).
 """
 
 import asyncio
 import logging
 import ssl
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +18,7 @@ import msgspec
 from prometheus_client import Gauge
 
 from culm import access, topology_store
-from culm.errors import ClientFault, CulmError, Unavailable
+from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
 from culm.tokens import adopt_keys, public_keys
@@ -53,6 +55,8 @@ class Peers:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._cut_off: set[str] = set()
+        self._n_refused: Counter[str] = Counter()
+        """By authority, how many of its answers in a row were out of order."""
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
@@ -68,6 +72,8 @@ class Peers:
             if answer.authority != authority or answer.section.authority != authority:
                 raise ClientFault("bad_peer", f"{url} speaks for {answer.authority}, not for {authority}")
             await asyncio.to_thread(self._adopt, answer)
+        except Conflict as error:
+            self._refuse(authority, error)
         except CulmError as error:
             # Said once for every time that it is cut off.
             if authority not in self._cut_off:
@@ -77,13 +83,24 @@ class Peers:
             if authority in self._cut_off:
                 log.info("authority %s is back", authority)
             self._cut_off.discard(authority)
+            self._n_refused.pop(authority, None)
             _HEARD.labels(authority).set(time.time())
 
+    def _refuse(self, authority: str, error: Conflict) -> None:
+        self._n_refused[authority] += 1
+        # Two workers that ask at once may write what they heard in the other order: no fault, and gone the next time.
+        if self._n_refused[authority] > 1:
+            topology_store.REFUSED.labels(authority).inc()
+        if self._n_refused[authority] == 2:
+            log.error("authority %s is not believed, what was known of it stays: %s", authority, error)
+
     def _adopt(self, answer: AuthorityAnswer) -> None:
+        def trust() -> None:
+            if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, answer.keys):
+                log.info("the keys of %s have changed", answer.authority)
+
         # The keys first: whoever is named in the section may speak for it at once.
-        if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, answer.keys):
-            log.info("the keys of %s have changed", answer.authority)
-        if topology_store.adopt(Path(self._settings.topology_dir), answer.section):
+        if topology_store.adopt(Path(self._settings.topology_dir), answer.section, trust):
             log.info("the section of %s is at epoch %d", answer.authority, answer.section.epoch)
 
     async def _ask(self, session: aiohttp.ClientSession, url: str) -> AuthorityAnswer:

@@ -1,13 +1,16 @@
 """What one authority's home consists of: settings files, the first section, keys and tokens, processes."""
 
 import json
+import logging
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from culm import topology_store
+from culm.errors import Conflict, CulmError
 from culm.tokens import adopt_keys, public_keys
 from culm.topology import (
     CENTRAL,
@@ -20,6 +23,7 @@ from culm.topology import (
     SiteRegistration,
     register_sites,
 )
+from culm.topology_store import Who
 from culm.wire import Principal
 from ops.cluster.layout import FIRST_SHARDS, Layout, make_private
 from ops.engines import innodb, valkey
@@ -29,6 +33,8 @@ DEMO_SITES: Final = {"US": "BNL", "EU": "DESY", "CERN": "CERN-PROD"}
 READY_S: Final = 60.0
 RECOVERY_S: Final = 600.0
 """A database answers when it has gone through its log; to end it before that only makes it begin anew."""
+log = logging.getLogger("culm.plan")
+
 _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 
 
@@ -129,11 +135,16 @@ def _topology(layout: Layout) -> None:
     authority = layout.authority
     if (layout.topology / f"{authority}.json").exists():
         return
+    for other in layout.homes:
+        if other != layout and topology_store.known_epoch(other.topology, authority):
+            raise Conflict(
+                "section_lost", f"{layout.topology} is gone, but {other.authority} knows it: culm topology restore"
+            )
     first = SLOT_BLOCKS[authority][0]
     shards = FIRST_SHARDS[authority]
     section = Section(
         authority=authority,
-        epoch=1,
+        epoch=0,
         shards={name: Shard(link=f"unix:{layout.socket(name, 'link')}") for name in shards},
         regions={
             region: Region(slot=first + n, shards=[name], strict=authority != CENTRAL)
@@ -149,7 +160,8 @@ def _topology(layout: Layout) -> None:
         for region, site in DEMO_SITES.items()
         if region in section.regions
     ]
-    topology_store.create(layout.topology, register_sites(section, sites))
+    who = Who(actor=f"{authority}:operator", reason="a new cluster", at=time.time())
+    topology_store.create(layout.topology, register_sites(section, sites), who)
 
 
 def _tokens(layout: Layout) -> None:
@@ -177,4 +189,8 @@ def _introduce(one: Layout, other: Layout) -> None:
         section = teller.topology / f"{teller.authority}.json"
         if section.exists() and hearer.topology.is_dir() and hearer.trusted.is_dir():
             adopt_keys(hearer.trusted, teller.authority, public_keys(teller.trusted, teller.authority))
-            topology_store.adopt(hearer.topology, topology_store.load_section(teller.topology, teller.authority))
+            try:
+                topology_store.adopt(hearer.topology, topology_store.load_section(teller.topology, teller.authority))
+            except CulmError as error:
+                # It would not be helped by an authority more that does not run.
+                log.error("%s does not believe %s: %s", hearer.authority, teller.authority, error)  # noqa: TRY400

@@ -392,6 +392,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
                 placement={3: Placement("us1", 42)},
                 default_region="US",
                 vos={"atlas": Policy(heartbeat_s=600.0, default_memory_mb=2000)},
+                last_slot=3,
             )
         ]
     ),

@@ -14,7 +14,7 @@ from culm.settings import RouterSettings
 from culm.tokens import Verifier, public_keys
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.wire import Principal
-from router.peers import Peers
+from router.peers import _HEARD, Peers
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, PILOT, USER, Partition
 
@@ -78,6 +78,32 @@ async def test_a_peer_that_is_cut_off_stays_as_it_was_last_heard(shard: Partitio
     await peers.poll()
     assert topology_store.load_section(Path(settings.topology_dir), "central") == known
     assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
+
+
+async def test_a_peer_that_steps_back_is_not_believed_and_said_once(
+    shard: Partition, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with front(shard) as router, follower(router, tmp_path) as settings:
+        folder = Path(settings.topology_dir)
+        peers = Peers(settings)
+        await peers.poll()
+        keys = public_keys(Path(settings.trusted_keys_dir), "central")
+        theirs = topology_store.load_section(folder, "central")
+        known = msgspec.structs.replace(theirs, epoch=theirs.epoch + 1)
+        assert topology_store.adopt(folder, known)
+        await asyncio.to_thread(router.ring.rotate)
+        counted = topology_store.REFUSED.labels("central")._value.get()
+        heard = _HEARD.labels("central")._value.get()
+        # Once may be two workers that write in the other order.
+        for n_counted in (0, 1, 2):
+            await peers.poll()
+            assert topology_store.REFUSED.labels("central")._value.get() == counted + n_counted
+        assert topology_store.load_section(folder, "central") == known
+        assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
+        assert _HEARD.labels("central")._value.get() == heard
+        assert (
+            len([one for one in caplog.records if one.levelname == "ERROR" and "is not believed" in one.message]) == 1
+        )
 
 
 async def test_one_authority_cannot_speak_for_another(shard: Partition, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ async def test_a_shard_joins_under_load(folder: Path) -> None:
         shown = decoded(await asyncio.to_thread(running.culm, "shard", "show", "asia1", "-o", "json"))
         assert (shown["regions"], shown["sites"], shown["n_slots"]) == (["ASIA"], ["TOKYO"], 2)
         history = decoded(await asyncio.to_thread(running.culm, "topology", "history", "-o", "json"))
-        assert [row["reason"] for row in history] == ["", "the new region"]
+        assert [row["reason"] for row in history] == ["", "the new region", "a new cluster"]
         diff = await asyncio.to_thread(running.culm, "topology", "diff", str(before.epoch), str(before.epoch + 1))
         assert "+ shards.asia1.link" in diff.stdout
         again = await asyncio.to_thread(running.culm, "shard", *ASIA)

@@ -47,6 +47,16 @@ def test_top_names_a_shard_that_gives_no_answer(running: Cluster) -> None:
     eventually_sync(back, DEADLINE_S, what="it answers again")
 
 
+def test_a_new_cluster_has_a_history_and_a_diff(running: Cluster) -> None:
+    rows = decoded(running.culm("topology", "history", "-o", "json"))
+    assert (rows[-1]["from_epoch"], rows[-1]["to_epoch"], rows[-1]["reason"]) == (0, 1, "a new cluster")
+    shown = decoded(running.culm("topology", "show", "-o", "json"))
+    assert rows[0]["to_epoch"] == next(one["epoch"] for one in shown if one["authority"] == "central")
+    assert running.culm("topology", "diff").returncode == 0
+    done = running.culm("topology", "restore", "--plan")
+    assert (done.returncode, "nothing to put back" in done.stdout) == (0, True), done.stderr
+
+
 @contextlib.contextmanager
 def on_a_terminal(running: Cluster, *words: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
     """A command whose output is a terminal; the process, and what reads that terminal."""
