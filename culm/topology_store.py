@@ -202,18 +202,30 @@ def change(
             return before
         if after.epoch != before.epoch + 1:
             raise ClientFault("bad_topology", f"the epoch must grow by one, from {before.epoch}")
-        others = [section for name, section in load(folder, authority).sections.items() if name != authority]
-        # Clashes that came about while the authorities could not see each other are no reason to refuse other changes.
-        known = Topology([*others, before], authority).clashes
-        for clash in Topology([*others, after], authority).clashes:
-            if clash not in known:
-                raise Conflict("name_taken", clash)
+        require_free_names(folder, before, after)
         kept = folder / HISTORY / f"{authority}-{before.epoch}.json"
         if not kept.exists():
             kept.parent.mkdir(mode=0o700, exist_ok=True)
             _replace(kept, before)
         _publish(folder, after, _row(before.epoch, after, who))
         return after
+
+
+def require_free_names(folder: Path, before: Section, after: Section) -> None:
+    """Refuse a change that gives a name which another authority has given already. Raises Conflict(name_taken).
+
+    Clashes that came about while the authorities could not see each other are no reason to refuse other changes, and
+    neither is a copy of another section that cannot be read.
+    """
+    others = []
+    for path in sorted(folder.glob("*.json")):
+        if path.stem != after.authority:
+            with contextlib.suppress(ClientFault):
+                others.append(read_copy(path, path.stem))
+    known = Topology([*others, before], after.authority).clashes
+    for clash in Topology([*others, after], after.authority).clashes:
+        if clash not in known:
+            raise Conflict("name_taken", clash)
 
 
 def restore(

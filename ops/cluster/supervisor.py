@@ -193,6 +193,9 @@ def main() -> int:
         telemetry.configure_logging("supervisor", "INFO")
         # Before the engine is fetched, which may take minutes: `down` must find who is at it.
         _tell(layout, "starting")
+        for mark in (layout.folder / "data").glob("*/joining"):
+            # What had not joined when the last supervisor ended is begun anew by `culm shard add`.
+            mark.unlink()
         try:
             processes = prepare(layout)
         except (CulmError, OSError) as error:
