@@ -42,8 +42,10 @@ _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 class Process:
     """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health.
 
-    Those of a lower wave are up before the next wave is started: databases and Valkey 0, shards 1, router and monitor
-    2. One that still runs but does not answer after `ready_s` seconds is ended.
+    Those of one `part` depend on each other: of a shard its database and Valkey, of wave 0, are up before the shard
+    itself, of wave 1, is started. Parts are started side by side, for one must not wait for another's trouble. Without
+    those of the part "", router and monitor, there is no cluster. One that still runs but does not answer after
+    `ready_s` seconds is ended.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Process:
     wave: int
     environment: Mapping[str, str] = field(default_factory=dict)
     ready_s: float = READY_S
+    part: str = ""
 
 
 def prepare(layout: Layout) -> list[Process]:
@@ -102,10 +105,12 @@ def shard_processes(layout: Layout, shard: str, engine: innodb.Engine) -> list[P
     }
     config = _write(layout, shard, values)
     database = innodb.argv(engine, data / "db", sockets["db"])
+    cache = valkey.argv(sockets["valkey"], data)
+    run = [*_RUN, "shard", "run", "--config", str(config)]
     return [
-        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment, RECOVERY_S),
-        Process(f"{shard}-valkey", valkey.argv(sockets["valkey"], data), f"unix:{sockets['valkey']}", 0),
-        Process(shard, [*_RUN, "shard", "run", "--config", str(config)], f"unix:{sockets['link']}", 1),
+        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment, RECOVERY_S, shard),
+        Process(f"{shard}-valkey", cache, f"unix:{sockets['valkey']}", 0, part=shard),
+        Process(shard, run, f"unix:{sockets['link']}", 1, part=shard),
     ]
 
 
