@@ -376,7 +376,9 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         missing_shards=["eu1"],
     ),
     registry_wire.SitesRequest(
-        sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})], reason="from the catalogue"
+        sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})],
+        reason="from the catalogue",
+        expected_epoch=42,
     ),
     registry_wire.QueueRequest(queue="BNL-q", changes={"status": "offline"}, reason="cooling"),
     registry_wire.VoRequest(vo="atlas", changes={"heartbeat_s": 600}, expected_epoch=42, reason="short jobs"),
