@@ -10,14 +10,17 @@ import logging
 import ssl
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 from prometheus_client import Gauge
 
 from culm import access, topology_store
+from culm.address import is_loopback
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
@@ -25,7 +28,10 @@ from culm.tokens import adopt_keys, public_keys
 from culm.topology import Topology
 from culm.wire import Principal
 
-DEADLINE_S: Final = 2.0
+SILENT_S: Final = 2.0
+"""A peer that says nothing for so long is cut off."""
+DEADLINE_S: Final = 60.0
+"""For the whole answer: a large section over a slow line takes its time."""
 MAX_ANSWER_BYTES: Final = 64 << 20
 """A section of 10,000 sites has about 10 MB."""
 
@@ -49,10 +55,19 @@ async def tell(settings: RouterSettings, principal: Principal, topology: Topolog
     return AuthorityAnswer(authority=settings.authority, section=section, keys=keys)
 
 
+def require_private(peers: Mapping[str, str]) -> None:
+    """Our token, and the keys to be trusted, cross no network in the clear. Raises ClientFault(plain_http_refused)."""
+    for authority, url in peers.items():
+        parts = urlsplit(url)
+        if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
+            raise ClientFault("plain_http_refused", f"peer {authority}: {url} must be https: outside of this machine")
+
+
 class Peers:
-    """Asks a router of every other authority."""
+    """Asks a router of every other authority. Raises as `require_private`."""
 
     def __init__(self, settings: RouterSettings) -> None:
+        require_private(settings.peers)
         self._settings = settings
         self._cut_off: set[str] = set()
         self._n_refused: Counter[str] = Counter()
@@ -63,7 +78,9 @@ class Peers:
         peers = self._settings.peers
         if not peers:
             return
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as session:
+        patience = aiohttp.ClientTimeout(total=DEADLINE_S, sock_connect=SILENT_S, sock_read=SILENT_S)
+        # As it is sent: what a compressed answer grows to is not bounded by its length.
+        async with aiohttp.ClientSession(timeout=patience, auto_decompress=False) as session:
             await asyncio.gather(*(self._follow(session, name, url) for name, url in peers.items()))
 
     async def _follow(self, session: aiohttp.ClientSession, authority: str, url: str) -> None:
@@ -108,7 +125,7 @@ class Peers:
             token = await asyncio.to_thread(Path(self._settings.peer_token_file).read_text, encoding="ascii")
             async with session.get(
                 f"{url.rstrip('/')}/v1/authority",
-                headers={"Authorization": f"Bearer {token.strip()}"},
+                headers={"Authorization": f"Bearer {token.strip()}", "Accept-Encoding": "identity"},
                 ssl=_tls(self._settings.peer_ca_file) if url.startswith("https:") else True,
             ) as response:
                 if response.content_length is None or response.content_length > MAX_ANSWER_BYTES:
@@ -117,10 +134,10 @@ class Peers:
                 if response.status != 200:
                     raise Unavailable("peer_refuses", f"{url} answers {response.status}: {body[:200]!r}")
                 return msgspec.json.decode(body, type=AuthorityAnswer)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise Unavailable("unreachable", f"no answer from {url}: {error or type(error).__name__}") from None
         except msgspec.DecodeError as error:
             raise Unavailable("bad_answer", f"{url} gave an answer that is not ours: {error}") from None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise Unavailable("unreachable", f"no answer from {url}: {error or type(error).__name__}") from None
 
 
 def _tls(ca_file: str) -> ssl.SSLContext:
