@@ -473,8 +473,12 @@ def _row(from_epoch: int, after: Section, who: Who) -> Change:
 
 
 def _append_audit(folder: Path, row: Change) -> None:
-    with (folder / AUDIT).open("ab") as file:
-        file.write(msgspec.json.encode(row) + b"\n")
+    with (folder / AUDIT).open("a+b") as file:
+        # What was cut off in the middle of a line must not take this row with it.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        torn = file.read(1) not in {b"", b"\n"}
+        file.write(b"\n" * torn + msgspec.json.encode(row) + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

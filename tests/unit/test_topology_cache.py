@@ -96,11 +96,14 @@ def test_the_past_can_be_read_newest_change_first(folder: Path) -> None:
         file.write(b'{"authority": "cen')
     assert [(row.to_epoch, row.reason) for row in changes(folder, CENTRAL, 10)] == [(3, "again"), (2, "a test")]
     assert [row.to_epoch for row in changes(folder, CENTRAL, 1)] == [3]
+    # A half line takes no other row with it.
+    change(folder, CENTRAL, offline, replace(WHO, reason="after it"))
+    assert [row.reason for row in changes(folder, CENTRAL, 10)] == ["after it", "again", "a test"]
     assert changes(folder, "CERN", 10) == []
     assert load_epoch(folder, CENTRAL, 1) == central()
-    assert load_epoch(folder, CENTRAL, 3) == load_section(folder, CENTRAL)
+    assert load_epoch(folder, CENTRAL, 4) == load_section(folder, CENTRAL)
     with pytest.raises(ClientFault, match="unknown_epoch"):
-        load_epoch(folder, CENTRAL, 4)
+        load_epoch(folder, CENTRAL, 5)
 
 
 def test_a_change_that_changes_nothing_leaves_no_trace(folder: Path) -> None:
@@ -426,3 +429,9 @@ def _overwrite(path: Path, content: bytes) -> None:
     beside = path.with_suffix(".tmp")
     beside.write_bytes(content)
     beside.replace(path)
+
+
+def test_a_copy_of_another_authority_that_is_broken_hinders_no_change(folder: Path) -> None:
+    _overwrite(folder / "CERN.json", b"{")
+    _overwrite(folder / "central-old.json", b"{")
+    assert change(folder, CENTRAL, offline, WHO).epoch == 2
