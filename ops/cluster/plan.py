@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from culm import topology_store
-from culm.errors import Conflict, CulmError
-from culm.tokens import adopt_keys, public_keys
+from culm.errors import ClientFault, Conflict, CulmError
+from culm.tokens import Verifier, adopt_keys, public_keys
 from culm.topology import (
     CENTRAL,
     SLOT_BLOCKS,
@@ -29,6 +30,8 @@ from ops.cluster.layout import FIRST_SHARDS, Layout, make_private
 from ops.engines import innodb, valkey
 
 TOKEN_VALID_S: Final = 365 * 86_400.0
+RENEW_S: Final = 30 * 86_400.0
+"""A token with less left is made anew at the next start."""
 DEMO_SITES: Final = {"US": "BNL", "EU": "DESY", "CERN": "CERN-PROD"}
 READY_S: Final = 60.0
 RECOVERY_S: Final = 600.0
@@ -122,9 +125,7 @@ def _write(layout: Layout, name: str, values: Mapping[str, Any]) -> Path:
         if isinstance(table, dict):
             lines += [f"\n[{key}]", *(f"{inner} = {json.dumps(value)}" for inner, value in table.items())]
     text = "\n".join(lines) + "\n"
-    if not path.exists():
-        path.write_text(text, encoding="utf-8")
-    else:
+    if path.exists() and path.stat().st_size:
         # Where router and monitor are is the command line's to say.
         said = {"port": values.get("port"), **values.get("peers", {})}
         kept = path.read_text(encoding="utf-8").splitlines()
@@ -132,8 +133,26 @@ def _write(layout: Layout, name: str, values: Mapping[str, Any]) -> Path:
             key = line.partition(" =")[0]
             if said.get(key) is not None:
                 kept[n] = f"{key} = {json.dumps(said[key])}"
-        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        text = "\n".join(kept) + "\n"
+        if text == path.read_text(encoding="utf-8"):
+            return path
+        mode = path.stat().st_mode & 0o777
+    else:
+        mode = 0o644
+    _replace(path, text, mode)
     return path
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Never seen half written, also after a full disk or a kill: what is there stays as it is for good."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.touch(mode=mode)
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _topology(layout: Layout) -> None:
@@ -173,6 +192,7 @@ def _tokens(layout: Layout) -> None:
     authority = layout.authority
     ring = layout.ring
     ring.ensure()
+    verifier = Verifier(layout.trusted)
     for principal in (
         Principal(role="admin", subject="operator", authority=authority),
         Principal(role="user", subject="demo", authority=authority, vo="demo"),
@@ -180,9 +200,18 @@ def _tokens(layout: Layout) -> None:
         Principal(role="peer", subject="router", authority=authority),
     ):
         path = layout.tokens / f"{authority}.{principal.role}"
-        if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(ring.issue(principal, TOKEN_VALID_S), encoding="utf-8")
+        if _is_spent(path, verifier):
+            _replace(path, ring.issue(principal, TOKEN_VALID_S), 0o600)
+
+
+def _is_spent(path: Path, verifier: Verifier) -> bool:
+    """Whether there is no token, or one that soon ends. One that is not good here may be good elsewhere: it stays."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    try:
+        return verifier.expires_at(f"Bearer {path.read_text(encoding='utf-8').strip()}") - time.time() < RENEW_S
+    except ClientFault as error:
+        return error.code == "token_expired"
 
 
 def _introduce(one: Layout, other: Layout) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from click.testing import CliRunner, Result
 
 from culm import __version__, topology_store
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.states import State
 from culm.tokens import Verifier
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
 from culm.topology_store import Who
-from ops.cli import culm, exits
+from ops.cli import culm, demo, exits
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
@@ -231,6 +233,29 @@ def test_a_token_that_can_do_something_is_issued_and_what_matches_nothing_now_is
     principal = Verifier(Layout(signing).trusted).verify(f"Bearer {told.stdout.strip()}")
     assert principal.subject == words[1]
     assert re.findall(r"matches '([^']+)'", told.stderr) == warned
+
+
+def test_a_token_is_issued_where_only_its_own_authority_has_a_home(tmp_path: Path) -> None:
+    home = Layout(tmp_path).home("CERN")
+    home.ring.ensure()
+    section = Section(
+        authority="CERN",
+        epoch=1,
+        shards={"cern1": Shard(link="unix:/cern1")},
+        regions={"CERN": Region(slot=12_288, shards=["cern1"])},
+        placement={12_288: Placement("cern1", 1)},
+    )
+    sites = [SiteRegistration(name="CERN-PROD", region="CERN", queues={"CERN-PROD-q": Queue()})]
+    topology_store.create(home.topology, register_sites(section, sites))
+    words = ("token", "issue", "pilot", "p", "--queue", "CERN*", "--queue", "BNL*", "--authority", "CERN")
+    told = _run(*words, folder=tmp_path)
+    assert told.exit_code == 0, told.exception
+    assert re.findall(r"matches '([^']+)'", told.stderr) == ["BNL*"]
+
+
+def test_the_demo_counts_the_jobs_whose_shard_is_silent() -> None:
+    assert demo.told(Counter({State.FINISHED: 60})) == "60 jobs: 60 finished"
+    assert demo.told(Counter({State.FINISHED: 40})) == "60 jobs: 40 finished, 20 whose shard gives no answer"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
