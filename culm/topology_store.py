@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from prometheus_client import Counter
 
+from culm import telemetry
 from culm.errors import ClientFault, Conflict
 from culm.put_back import Copy, put_back
 from culm.topology import Section, Topology, validate
@@ -32,10 +32,6 @@ AUDIT: Final = "audit.jsonl"
 HISTORY: Final = "history"
 KEPT: Final = 200
 """Sections of the past, per authority."""
-
-REFUSED: Final = Counter(
-    "culm_topology_refused_total", "Sections that step back, or say another thing at the same epoch", ["authority"]
-)
 
 log = logging.getLogger("culm.topology")
 
@@ -370,12 +366,14 @@ class TopologyCache:
                 if known is not None:
                     require_order(known, section)
             except Conflict as error:
-                REFUSED.labels(path.stem).inc()
+                telemetry.TOPOLOGY_REFUSED.labels(path.stem).inc()
                 log.error("the section %s stays at epoch %d: %s", path.stem, self.current.epochs[path.stem], error)  # noqa: TRY400
             except ClientFault as error:
                 log.warning("the section %s stays as it was: %s", path.stem, error)
             else:
                 sections[section.authority] = section
+                # There from the start, as 0.
+                telemetry.TOPOLOGY_REFUSED.labels(section.authority)
         return sections
 
 

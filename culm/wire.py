@@ -256,6 +256,8 @@ class CancelRequest(Request, frozen=True, kw_only=True):
 
     ids: Annotated[list[JobId], Meta(max_length=MAX_IDS_PER_CALL)] = []
     jobset: JobId | None = None
+    after: Annotated[int, Meta(ge=0, le=MAX_JOB_ID)] = 0
+    """Of a jobset: only jobs after this id."""
 
 
 CancelOutcome = Literal["cancelled", "requested", "already_final", "not_found", "forbidden", "unknown"]
@@ -270,10 +272,14 @@ class CancelledJob(Answer, frozen=True, kw_only=True):
 
 
 class CancelAnswer(Answer, frozen=True, kw_only=True):
-    """One entry per job; shards that gave no answer are named."""
+    """One entry per job; shards that gave no answer are named.
+
+    A large jobset is ended in several calls: `next` is the `after` of the following one, None at the end.
+    """
 
     jobs: list[CancelledJob]
     missing_shards: list[str] = []
+    next: int | None = None
 
 
 # --- reads -----------------------------------------------------------------------------------------------------------
@@ -648,6 +654,7 @@ class ShardCancel(msgspec.Struct, frozen=True, kw_only=True):
     slots: list[SlotRef]
     ids: list[int] = []
     jobset: int | None = None
+    after: int = 0
 
 
 class ShardJob(msgspec.Struct, frozen=True, kw_only=True):

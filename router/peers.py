@@ -17,16 +17,17 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
-from prometheus_client import Gauge
 
 from culm import access, topology_store
 from culm.address import is_loopback
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
+from culm.telemetry import TOPOLOGY_REFUSED
 from culm.tokens import adopt_keys, public_keys
 from culm.topology import Topology
 from culm.wire import Principal
+from router.metrics import PEER_HEARD
 
 SILENT_S: Final = 2.0
 """A peer that says nothing for so long is cut off."""
@@ -34,13 +35,6 @@ DEADLINE_S: Final = 60.0
 """For the whole answer: a large section over a slow line takes its time."""
 MAX_ANSWER_BYTES: Final = 64 << 20
 """A section of 10,000 sites has about 10 MB."""
-
-_HEARD: Final = Gauge(
-    "culm_peer_heard_seconds",
-    "When a peer last told its section, unix time",
-    ["authority"],
-    multiprocess_mode="livemax",
-)
 
 log = logging.getLogger("router.peers")
 
@@ -72,6 +66,9 @@ class Peers:
         self._cut_off: set[str] = set()
         self._n_refused: Counter[str] = Counter()
         """By authority, how many of its answers in a row were out of order."""
+        for authority in settings.peers:
+            # There from the start, as 0: one that was never heard is missed, too.
+            PEER_HEARD.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
@@ -101,13 +98,13 @@ class Peers:
                 log.info("authority %s is back", authority)
             self._cut_off.discard(authority)
             self._n_refused.pop(authority, None)
-            _HEARD.labels(authority).set(time.time())
+            PEER_HEARD.labels(authority).set(time.time())
 
     def _refuse(self, authority: str, error: Conflict) -> None:
         self._n_refused[authority] += 1
         # Two workers that ask at once may write what they heard in the other order: no fault, and gone the next time.
         if self._n_refused[authority] > 1:
-            topology_store.REFUSED.labels(authority).inc()
+            TOPOLOGY_REFUSED.labels(authority).inc()
         if self._n_refused[authority] == 2:
             log.error("authority %s is not believed, what was known of it stays: %s", authority, error)
 

@@ -347,9 +347,14 @@ def kill(folder: Path, *, authority: str, output: str, jobset: int | None, ids: 
       culm job kill --jobset 204711
     """
 
-    async def ask() -> Any:
+    if bool(ids) == (jobset is not None):
+        raise ClientFault("bad_cancel", "exactly one is needed: ids or --jobset")
+
+    async def ask() -> CancelAnswer:
         async with router(folder, authority=authority) as client:
-            return await client.cancel(CancelRequest(ids=list(ids), jobset=jobset))
+            if jobset is not None:
+                return await client.cancel_jobset(jobset)
+            return await client.cancel(CancelRequest(ids=list(ids)))
 
     answer = asyncio.run(ask())
     if output == "json":
@@ -371,9 +376,8 @@ def _require_all_ended(answer: CancelAnswer, jobset: int | None) -> None:
     for outcome, status in (("forbidden", 403), ("not_found", 404)):
         ids = [str(one.id) for one in answer.jobs if one.outcome == outcome]
         if ids:
-            raise ClientFault(
-                outcome, f"{len(ids)} of {len(answer.jobs)} jobs: {', '.join(ids[:10])}", http_status=status
-            )
+            told = f"{len(ids)} of {len(answer.jobs)} jobs could not be ended: {', '.join(ids[:10])}"
+            raise ClientFault(outcome, told, http_status=status)
 
 
 def _table(rows: list[JobRow]) -> Table:

@@ -7,11 +7,12 @@ import pytest
 
 from culm import topology_store
 from culm.client import Client
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Unavailable
 from culm.registry_wire import BanRequest, ChangedAnswer, TopologyAnswer
 from culm.states import State
 from culm.topology import Section
 from culm.wire import GetJobRequest, JobSpec, PilotInfo, SubmitRequest
+from shard.bans import Bans
 from shard.ownership import Ownership
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, QUEUE, USER, Partition
@@ -177,3 +178,32 @@ async def test_held_jobs_of_a_slot_that_is_not_open_here_are_not_forgotten(shard
             return await take(pilot) == [one]
 
         await eventually(runs, DEADLINE_S, what="it runs")
+
+
+async def test_many_jobs_are_gone_through_in_steps_and_one_owner_keeps_no_other_from_being_banned(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shard.bans.EXAMINED", 3)
+    monkeypatch.setattr("shard.bans.BATCH", 2)
+    look_at = Bans._look_at
+
+    async def fails(bans: Bans, owner: str, *, held: bool) -> None:
+        if owner == "central:amy":
+            raise Unavailable("database_slow", "too slow")
+        await look_at(bans, owner, held=held)
+
+    monkeypatch.setattr(Bans, "_look_at", fails)
+    async with front(shard) as router, router.client(USER) as ann:
+        hers = await submit(ann, 10)
+        await shard.cancel(*hers[2:5])
+        await ban(router, "central:amy")
+        await ban(router, "central:ann")
+        left = [*hers[:2], *hers[5:]]
+
+        async def all_are(state: State) -> bool:
+            return {await shard.state(identifier) for identifier in left} == {state}
+
+        await eventually(lambda: all_are(State.PENDING), DEADLINE_S, what="they are held back")
+        await ban(router, "central:ann", banned=False)
+        await eventually(lambda: all_are(State.ACTIVATED), DEADLINE_S, what="they are let go")
+        assert {await shard.state(identifier) for identifier in hers[2:5]} == {State.CANCELLED}

@@ -16,10 +16,12 @@ from culm import topology_store
 from culm.errors import ClientFault
 from culm.registry_wire import AuthorityAnswer, ChangedAnswer, SitesRequest
 from culm.settings import RouterSettings
+from culm.telemetry import TOPOLOGY_REFUSED
 from culm.tokens import Verifier, public_keys
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.wire import Principal
-from router.peers import _HEARD, Peers
+from router.metrics import PEER_HEARD
+from router.peers import Peers
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, PILOT, USER, Partition
 
@@ -97,15 +99,15 @@ async def test_a_peer_that_steps_back_is_not_believed_and_said_once(
         known = msgspec.structs.replace(theirs, epoch=theirs.epoch + 1)
         assert topology_store.adopt(folder, known)
         await asyncio.to_thread(router.ring.rotate)
-        counted = topology_store.REFUSED.labels("central")._value.get()
-        heard = _HEARD.labels("central")._value.get()
+        counted = TOPOLOGY_REFUSED.labels("central")._value.get()
+        heard = PEER_HEARD.labels("central")._value.get()
         # Once may be two workers that write in the other order.
         for n_counted in (0, 1, 2):
             await peers.poll()
-            assert topology_store.REFUSED.labels("central")._value.get() == counted + n_counted
+            assert TOPOLOGY_REFUSED.labels("central")._value.get() == counted + n_counted
         assert topology_store.load_section(folder, "central") == known
         assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
-        assert _HEARD.labels("central")._value.get() == heard
+        assert PEER_HEARD.labels("central")._value.get() == heard
         assert (
             len([one for one in caplog.records if one.levelname == "ERROR" and "is not believed" in one.message]) == 1
         )

@@ -171,7 +171,7 @@ async def test_a_shard_that_dies_while_a_pilot_waits_ends_the_wait(
         try:
             assert (await waiting).jobs == []
         except Unavailable as error:
-            assert error.code in {"shard_down", "outcome_unknown", "cancelled"}
+            assert error.code in {"shard_down", "outcome_unknown", "cancelled", "stopping"}
 
 
 async def test_a_list_names_the_shard_that_gave_no_answer(

@@ -8,6 +8,7 @@ import pytest
 
 from culm.errors import ClientFault, Conflict
 from culm.put_back import Copy
+from culm.telemetry import TOPOLOGY_REFUSED
 from culm.topology import (
     CENTRAL,
     Placement,
@@ -23,7 +24,6 @@ from culm.topology import (
 from culm.topology_store import (
     AUDIT,
     HISTORY,
-    REFUSED,
     Change,
     TopologyCache,
     Who,
@@ -270,13 +270,13 @@ def test_a_section_that_steps_back_is_said_counted_and_not_believed(
 ) -> None:
     now = change(folder, CENTRAL, offline, WHO)
     cache = TopologyCache(folder)
-    counted = REFUSED.labels(CENTRAL)._value.get()
+    counted = TOPOLOGY_REFUSED.labels(CENTRAL)._value.get()
     _overwrite(folder / "central.json", msgspec.json.encode(laid_over))
     change(folder, "CERN", lambda section: replace(section, epoch=2, default_region="CERN"), WHO)
     cache.refresh_if_changed()
     assert cache.current.sections[CENTRAL] == now
     assert cache.current.epochs["CERN"] == 2
-    assert REFUSED.labels(CENTRAL)._value.get() == counted + 1
+    assert TOPOLOGY_REFUSED.labels(CENTRAL)._value.get() == counted + 1
     assert [record.levelname for record in caplog.records if "stays at epoch 2" in record.message] == ["ERROR"]
 
 
