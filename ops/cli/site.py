@@ -16,7 +16,7 @@ from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import SiteWhyAnswer
 from ops import catalogue
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
 
 PATIENCE_S: Final = 10.0
@@ -99,6 +99,7 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
+        require_whole(answer.missing_shards)
         return
     if not answer.queues:
         click.echo(f"{name} has no computing queue")
@@ -110,8 +111,7 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
         for one in queue.refused:
             needed = f"needed {one.needed}, offered {one.offered or 'none'}"
             click.echo(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
+    require_whole(answer.missing_shards)
 
 
 @site.command("set")

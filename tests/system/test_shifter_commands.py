@@ -36,10 +36,18 @@ def test_top_names_a_shard_that_gives_no_answer(running: Cluster) -> None:
     os.kill(pid, signal.SIGSTOP)
     try:
         done = running.culm("top", "--once")
+        partial = [
+            running.culm(*words, *more)
+            for words in (("counts",), ("job", "list"), ("errors",), ("pile-ups",), ("pilot", "list"))
+            for more in ((), ("-o", "json"))
+        ]
     finally:
         os.kill(pid, signal.SIGCONT)
     assert done.returncode == 0
     assert "no answer from eu1: shown as last heard" in done.stdout
+    # What is printed is not all there is, and a script sees that.
+    assert [(one.returncode, "no answer from eu1" in one.stderr) for one in partial] == [(4, True)] * len(partial)
+    assert all(one.stdout for one in partial)
 
     def back() -> bool:
         return "no answer" not in running.culm("top", "--once").stdout
