@@ -44,7 +44,5 @@ def counts(folder: Path, authority: str, output: str, by: str) -> None:
     console().print(table)
     for shard in answer.missing_shards:
         age = answer.shards.get(shard)
-        sys.stderr.write(
-            f"{shard} gives no answer; " + ("never heard\n" if age is None else f"shown as {age:.0f} s ago\n")
-        )
+        sys.stderr.write(f"{shard}: " + ("never heard\n" if age is None else f"shown as {age:.0f} s ago\n"))
     require_whole(answer.missing_shards)
