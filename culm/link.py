@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from prometheus_client import Counter
+
 from culm import address
 from culm.errors import Bug, ClientFault, CulmError, Unavailable
 from culm.frames import Connection, Frame, Kind, decode_error, encode_error
@@ -23,6 +25,10 @@ from culm.settings import TlsSettings
 HELLO_TIMEOUT_S: Final = 2.0
 MAX_CALLS_PER_CONNECTION: Final = 65_536
 """A guard: above what a client's window and waiting calls come to."""
+
+_OTHER_NAME: Final = Counter(
+    "culm_link_other_name_total", "Connections that were ended because another shard answered", ["shard"]
+)
 
 log = logging.getLogger("culm.link")
 
@@ -211,10 +217,15 @@ class LinkOptions:
     tls: TlsSettings | None = None
     orphan: Callable[[str, bytes, bytes], None] = field(default=lambda _verb, _body, _answer: None)
     """Called with (verb, body, answer) when an answer comes for a caller that is gone."""
+    any_name: bool = False
+    """Whoever answers is asked, whatever its name: for a look at who it is."""
 
 
 class LinkClient:
-    """One connection to one shard that is made again whenever it breaks; never more than one at a time."""
+    """One connection to one shard that is made again whenever it breaks; never more than one at a time.
+
+    A shard that greets with another name is not the one that is meant: it is shown out, and asked nothing.
+    """
 
     def __init__(self, name: str, where: str, options: LinkOptions) -> None:
         self.name = name
@@ -226,6 +237,8 @@ class LinkClient:
         self._keeper: asyncio.Task[None] | None = None
         self._never_up = True
         self._new_until = 0.0
+        self._stranger = ""
+        """Who answered at the address at the last try, if it was another one."""
 
     @property
     def connected(self) -> bool:
@@ -288,7 +301,8 @@ class LinkClient:
         """
         connection = self._connection
         if connection is None:
-            raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
+            told = f": {self._stranger} answers at {self.where}" if self._stranger else ""
+            raise Unavailable("shard_down", f"shard {self.name} is not reachable{told}", details={"shard": self.name})
         n_waiting = connection.n_waiting
         if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
             raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
@@ -343,7 +357,7 @@ class LinkClient:
     async def _connect(self) -> "_ClientConnection | None":
         loop = asyncio.get_running_loop()
         connection = _ClientConnection(self.name, self.options.orphan)
-        greeted = False
+        welcome = False
         try:
             target = address.parse(self.where)
             async with asyncio.timeout(self.options.stall_s):
@@ -353,14 +367,25 @@ class LinkClient:
                     context = address.client_tls(self.options.tls) if target.kind == "tls" else None
                     await loop.create_connection(lambda: connection, target.host, target.port, ssl=context)
                 await connection.greeted.wait()
-                greeted = True
+                welcome = self._is_meant(connection.peer)
         except (OSError, TimeoutError, ssl.SSLError, ClientFault) as error:
             log.debug("link to %s: %s", self.name, error)
         finally:
             # A stopped process still accepts: without this each try would leave an open connection behind.
-            if not greeted and connection.transport is not None:
+            if not welcome and connection.transport is not None:
                 connection.transport.abort()
-        return connection if greeted else None
+        return connection if welcome else None
+
+    def _is_meant(self, peer: str) -> bool:
+        """Whether the shard that greeted is the one that the topology names; one under two names counts twice."""
+        if self.options.any_name or peer == self.name:
+            self._stranger = ""
+            return True
+        _OTHER_NAME.labels(self.name).inc()
+        if peer != self._stranger:
+            log.error("link to %s: at %s answers %s; it is not used", self.name, self.where, peer[:128])
+        self._stranger = peer[:128]
+        return False
 
     async def _watch(self, connection: "_ClientConnection") -> None:
         """Ping until the connection is lost, or silent for longer than the stall time after a ping."""

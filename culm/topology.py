@@ -113,8 +113,8 @@ class Topology:
 
     Args:
         sections: one per authority.
-        home: whose names win where two authorities give the same name to a shard, region, site or computing queue:
-            what another authority decides while it cannot be reached must never break this one. The names that are
+        home: whose names win where two authorities give the same name to a shard, region, site or computing queue, or
+            the same link to a shard: what another authority decides while it cannot be reached must never break this one. The names that are
             passed over are told in `clashes`. None refuses such sections with ClientFault(bad_topology).
     """
 
@@ -130,13 +130,18 @@ class Topology:
         self.clashes: list[str] = []
         """What is passed over, a sentence each."""
         self._home = home
+        self._by_link: dict[str, str] = {}
+        """The name of the shard at each link: a shard under two names would be asked, counted and listed twice."""
         for section in sorted(sections, key=lambda one: (one.authority != home, one.authority)):
             self._add(section)
 
     def _add(self, section: Section) -> None:
         validate(section)
         self.sections[section.authority] = section
-        shards = self._merge(self.shards, section.shards, section, "shard")
+        links = {one.link: name for name, one in section.shards.items() if name not in self.shards}
+        linked = self._merge(self._by_link, links, section, "link")
+        reached = {name: one for name, one in section.shards.items() if name in self.shards or one.link in linked}
+        shards = self._merge(self.shards, reached, section, "shard")
         regions = self._merge(self.regions, section.regions, section, "region")
         ours = {name: site for name, site in section.sites.items() if site.region in regions}
         sites = self._merge(self.sites, ours, section, "site")
@@ -261,6 +266,10 @@ def validate(section: Section) -> None:
     """The one validator: router, shard, ops and CI use it. Raises ClientFault(bad_topology) with what is wrong."""
     first, last = slot_block(section.authority)
     users: dict[int, str] = {}
+    named: dict[str, str] = {}
+    for name, one in section.shards.items():
+        other = named.setdefault(one.link, name)
+        _require(other == name, f"the shards {other} and {name} have the same link {one.link}")
     for name, region in section.regions.items():
         _own_slots(users, [region.slot], f"region {name}")
         for shard in region.shards:

@@ -15,6 +15,7 @@ from culm.link import Begun
 from culm.topology import Topology
 from culm.wire import (
     ExportAnswer,
+    Principal,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
@@ -60,6 +61,8 @@ class UseCases:
     """The use cases of one shard."""
 
     name: str
+    authority: str
+    """Whose shard it is."""
     database: Database
     topology: Callable[[], Topology]
     intake: Intake
@@ -149,7 +152,7 @@ class Verbs:
             self._cases.dispatcher.hand_back(call.subject, call.request_id)
 
     async def _archive(self, call: ShardArchive) -> ShardArchiveAnswer:
-        access.require_role(call.principal, "admin")
+        self._require_own_admin(call.principal)
         archive = self._cases.archive
         n_moved = await archive.move(call.older_s) if call.older_s is not None else 0
         n_dropped = await archive.drop(call.drop, call.principal.account) if call.drop else 0
@@ -163,9 +166,19 @@ class Verbs:
         return msgspec.structs.replace(answer, n_dispatched=n_dispatched, window_s=WINDOW_S)
 
     async def _export(self, call: ShardExport) -> ExportAnswer:
-        access.require_role(call.principal, "admin")
+        self._require_own_admin(call.principal)
         jobs, following = await self._cases.archive.page(call.name, call.after)
         return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
+
+    def _require_own_admin(self, principal: Principal) -> None:
+        """A link carries the word of whatever router has a certificate: a shard obeys admins of its own authority only.
+
+        Raises ClientFault(forbidden).
+        """
+        access.require_role(principal, "admin")
+        own = self._cases.authority
+        if principal.authority != own:
+            raise access.forbidden(f"this shard obeys admins of {own}, the token is of {principal.authority}")
 
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)

@@ -69,9 +69,9 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def serving(cluster: Cluster, name: str, answer: bytes | None = None) -> AsyncIterator[None]:
+async def serving(cluster: Cluster, name: str, answer: bytes | None = None, *, at: str = "") -> AsyncIterator[None]:
     peer = Answerer(name, _counts(name) if answer is None else answer)
-    await peer.server.start(f"unix:{cluster.folder / name}")
+    await peer.server.start(f"unix:{cluster.folder / (at or name)}")
     try:
         yield
     finally:
@@ -94,13 +94,19 @@ async def test_links_follow_the_topology(cluster: Cluster) -> None:
 
 
 async def test_a_shard_that_moved_to_another_address_is_followed(cluster: Cluster) -> None:
-    async with serving(cluster, "here"), serving(cluster, "there"):
-        for address in ("here", "there"):
+    for address in ("here", "there"):
+        async with serving(cluster, "us1", at=address):
             shards = {"us1": Shard(link=f"unix:{cluster.folder / address}")}
             cluster.topology = Topology([Section(authority=CENTRAL, epoch=1, shards=shards)])
             await cluster.links.refresh()
             await cluster.connected("us1")
-            assert (await cluster.ask("us1")).shard == address
+            assert (await cluster.ask("us1")).shard == "us1"
+
+
+async def test_who_answers_at_an_address_is_told_whatever_its_name(cluster: Cluster) -> None:
+    async with serving(cluster, "us1"):
+        assert await cluster.links.who_answers(f"unix:{cluster.folder / 'us1'}", DEADLINE_S) == "us1"
+    assert await cluster.links.who_answers(f"unix:{cluster.folder / 'us1'}", 0.1) == ""
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"\xc1", b"\x80", b"\x93\x01\x02\x03", b"\x81\xa5shard\xa2\xff\xfe", b"text"])
