@@ -114,8 +114,9 @@ class Topology:
     Args:
         sections: one per authority.
         home: whose names win where two authorities give the same name to a shard, region, site or computing queue, or
-            the same link to a shard: what another authority decides while it cannot be reached must never break this one. The names that are
-            passed over are told in `clashes`. None refuses such sections with ClientFault(bad_topology).
+            the same link to a shard: what another authority decides while it cannot be reached must never break this
+            one. The names that are passed over are told in `clashes`. None refuses such sections with
+            ClientFault(bad_topology).
     """
 
     def __init__(self, sections: Iterable[Section], home: str | None = None) -> None:
