@@ -98,7 +98,7 @@ class Verbs:
             "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, self._counts),
             "pile_ups": _entry(ShardPileUps, lambda call: cases.pile_ups.judge(topology(), cases.name, call)),
-            "pilots": _entry(ShardPilots, lambda call: cases.askers.seen(cases.name, call)),
+            "pilots": _entry(ShardPilots, lambda call: cases.askers.seen(cases.name, cases.authority, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
         }
