@@ -128,6 +128,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     verifier = Verifier(settings.trusted_keys_dir)
     front = Front(settings, Forward(topology, links, settings.forward_deadline_s), verifier)
     https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
+    peers = Peers(settings)
     loops = service.Loops()
 
     async def follow() -> None:
@@ -141,7 +142,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     loops.every(settings.topology_poll_s, "topology", follow)
     loops.every(KEYS_POLL_S, "keys", verifier.poll)
     loops.every(POLL_S, "certificate", https.poll)
-    loops.every(settings.peer_poll_s, "peers", Peers(settings).poll)
+    loops.every(settings.peer_poll_s, "peers", peers.poll)
     # handler_cancellation: a pilot that hangs up while it waits must not be given a job.
     runner = web.AppRunner(
         front.app(ready),

@@ -1,7 +1,8 @@
 """The other authorities: a copy of each one's section and public keys, kept up to date while it can be reached.
 
 An authority changes its own section only, so there is never anything to merge: the newer epoch of its own wins. While
-it is cut off, the last good copy stays, and so do the keys that its tokens are verified with.
+it is cut off, the last good copy stays, and so do the keys that its tokens are verified with. The keys have an order of
+their own, so that a router of it that has slept, or was restored, brings no withdrawn key back.
 """
 
 import asyncio
@@ -10,16 +11,18 @@ import ssl
 import time
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 from culm import access, topology_store
-from culm.errors import ClientFault, CulmError, Unavailable
+from culm.address import is_loopback
+from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
-from culm.tokens import adopt_keys, public_keys
+from culm.tokens import ToldKeys, adopt_keys, told_keys
 from culm.topology import Topology
 from culm.wire import Principal
 
@@ -33,33 +36,49 @@ _HEARD: Final = Gauge(
     ["authority"],
     multiprocess_mode="livemax",
 )
+_STALE: Final = Counter(
+    "culm_peer_stale_keys_total", "Answers of a peer whose keys are older than those it told before", ["authority"]
+)
 
 log = logging.getLogger("router.peers")
 
 
 async def tell(settings: RouterSettings, principal: Principal, topology: Topology) -> AuthorityAnswer:
-    """What this authority decides, for the routers of the others. Raises ClientFault (forbidden, unknown_authority)."""
+    """What this authority decides, for the routers of the others. Raises ClientFault (forbidden, unknown_authority),
+    Unavailable(keys_unreadable).
+    """
     access.require_role(principal, "peer", "admin")
     section = topology.sections.get(settings.authority)
     if section is None:
         raise ClientFault("unknown_authority", f"there is no section of {settings.authority} here", http_status=404)
-    keys = await asyncio.to_thread(public_keys, Path(settings.trusted_keys_dir), settings.authority)
-    return AuthorityAnswer(authority=settings.authority, section=section, keys=keys)
+    try:
+        told = await asyncio.to_thread(told_keys, Path(settings.trusted_keys_dir), settings.authority)
+    except OSError as error:
+        raise Unavailable("keys_unreadable", f"{error.filename}: {error.strerror}") from None
+    return AuthorityAnswer(authority=settings.authority, section=section, keys=told.keys, keys_order=told.order)
 
 
 class Peers:
-    """Asks a router of every other authority."""
+    """Asks a router of every other authority.
+
+    Raises ClientFault(plain_http_refused) for a URL over which anybody on the way could give keys of his own.
+    """
 
     def __init__(self, settings: RouterSettings) -> None:
+        for authority, url in settings.peers.items():
+            _require_safe(authority, url)
         self._settings = settings
         self._cut_off: set[str] = set()
+        self._stale: set[str] = set()
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
         peers = self._settings.peers
         if not peers:
             return
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as session:
+        timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+        # Not decompressed: a few bytes could be made into any number.
+        async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
             await asyncio.gather(*(self._follow(session, name, url) for name, url in peers.items()))
 
     async def _follow(self, session: aiohttp.ClientSession, authority: str, url: str) -> None:
@@ -81,8 +100,18 @@ class Peers:
 
     def _adopt(self, answer: AuthorityAnswer) -> None:
         # The keys first: whoever is named in the section may speak for it at once.
-        if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, answer.keys):
-            log.info("the keys of %s have changed", answer.authority)
+        told = ToldKeys(keys=answer.keys, order=answer.keys_order)
+        try:
+            if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, told):
+                log.info("the keys of %s have changed", answer.authority)
+        except Conflict as error:
+            _STALE.labels(answer.authority).inc()
+            # The section has an order of its own. Said once for every time that it is so.
+            if answer.authority not in self._stale:
+                log.warning("the keys stay as they are: %s", error)
+            self._stale.add(answer.authority)
+        else:
+            self._stale.discard(answer.authority)
         if topology_store.adopt(Path(self._settings.topology_dir), answer.section):
             log.info("the section of %s is at epoch %d", answer.authority, answer.section.epoch)
 
@@ -91,12 +120,12 @@ class Peers:
             token = await asyncio.to_thread(Path(self._settings.peer_token_file).read_text, encoding="ascii")
             async with session.get(
                 f"{url.rstrip('/')}/v1/authority",
-                headers={"Authorization": f"Bearer {token.strip()}"},
+                headers={"Authorization": f"Bearer {token.strip()}", "Accept-Encoding": "identity"},
+                # To another URL goes no token, and what that says is not the peer's word.
+                allow_redirects=False,
                 ssl=_tls(self._settings.peer_ca_file) if url.startswith("https:") else True,
             ) as response:
-                if response.content_length is None or response.content_length > MAX_ANSWER_BYTES:
-                    raise Unavailable("bad_answer", f"{url} answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
-                body = await response.read()
+                body = await _read(response, url)
                 if response.status != 200:
                     raise Unavailable("peer_refuses", f"{url} answers {response.status}: {body[:200]!r}")
                 return msgspec.json.decode(body, type=AuthorityAnswer)
@@ -104,6 +133,28 @@ class Peers:
             raise Unavailable("unreachable", f"no answer from {url}: {error or type(error).__name__}") from None
         except msgspec.DecodeError as error:
             raise Unavailable("bad_answer", f"{url} gave an answer that is not ours: {error}") from None
+
+
+async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise Unavailable("bad_answer", f"{url} answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
+    return bytes(body)
+
+
+def _require_safe(authority: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    except ValueError:
+        safe = False
+    if not safe:
+        raise ClientFault(
+            "plain_http_refused",
+            f"peers.{authority} is {url!r}: keys and sections come over https only, or from this machine",
+        )
 
 
 def _tls(ca_file: str) -> ssl.SSLContext:

@@ -1,14 +1,16 @@
 """Routers of two authorities: each learns the other's section and keys, and nobody speaks for the other."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from culm import topology_store
+from culm.errors import ClientFault
 from culm.registry_wire import AuthorityAnswer, ChangedAnswer, SitesRequest
 from culm.settings import RouterSettings
 from culm.tokens import Verifier, public_keys
@@ -17,6 +19,7 @@ from culm.wire import Principal
 from router.peers import Peers
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, PILOT, USER, Partition
+from tests.servers import free_ports
 
 PEER = Principal(role="peer", subject="CERN", authority="central")
 CERN_FIRST = 12_288
@@ -78,6 +81,102 @@ async def test_a_peer_that_is_cut_off_stays_as_it_was_last_heard(shard: Partitio
     await peers.poll()
     assert topology_store.load_section(Path(settings.topology_dir), "central") == known
     assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
+
+
+async def test_a_peer_that_was_restored_brings_no_withdrawn_key_back(
+    shard: Partition, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with front(shard) as router, follower(router, tmp_path) as settings, router.client(ADMIN) as admin:
+        peers, theirs, ours = Peers(settings), router.folder / "trusted", Path(settings.trusted_keys_dir)
+        await peers.poll()
+        stolen = router.token(USER)
+        saved = {path.name: path.read_bytes() for path in theirs.iterdir()}
+        [old] = router.ring.kids()
+        new = await asyncio.to_thread(router.ring.rotate)
+        (theirs / f"{old}.pub").unlink()
+        await peers.poll()
+        assert list(public_keys(ours, "central")) == [new]
+        for name, content in saved.items():
+            (theirs / name).write_bytes(content)
+        # Its section has an order of its own, and is followed.
+        more = SiteRegistration(name="AGLT2", region="US", queues={"AGLT2-q": Queue()})
+        changed = await admin.post("sites", SitesRequest(sites=[more]), ChangedAnswer)
+        (theirs / f"{new}.pub").unlink()
+        for _ in range(3):
+            await peers.poll()
+        assert list(public_keys(ours, "central")) == [new]
+        with pytest.raises(ClientFault, match="unknown_key"):
+            Verifier(ours).verify(f"Bearer {stolen}")
+        assert topology_store.load(Path(settings.topology_dir), "CERN").epochs["central"] == changed.epoch
+        assert len([record for record in caplog.records if "keys stay as they are" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://cern.example.org:25080",
+        "http://192.0.2.7",
+        "http://localhost.example.org",
+        "http://127.0.0.1@example.org",
+        "ftp://localhost",
+        "//localhost:25080",
+        "",
+        "http://[::1",
+    ],
+)
+def test_keys_and_sections_never_come_in_the_clear_over_a_network(url: str) -> None:
+    settings = RouterSettings(topology_dir="t", trusted_keys_dir="k", authority="CERN", port=1, peers={"central": url})
+    with pytest.raises(ClientFault) as told:
+        Peers(settings)
+    assert told.value.code == "plain_http_refused"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://cern.example.org", "http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1"]
+)
+def test_https_and_this_machine_are_safe(url: str) -> None:
+    Peers(RouterSettings(topology_dir="t", trusted_keys_dir="k", authority="CERN", port=1, peers={"central": url}))
+
+
+@asynccontextmanager
+async def answering(handler: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The URL of a server that is none of ours."""
+    app = web.Application()
+    app.router.add_get("/v1/{what}", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = free_ports(1)
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("how", ["redirects", "compresses", "is too long"])
+async def test_an_answer_by_another_way_is_none(
+    shard: Partition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async with front(shard) as router, follower(router, tmp_path) as settings:
+        shown: list[str | None] = []
+
+        async def answer(request: web.Request) -> web.Response:
+            if how == "redirects" and request.match_info["what"] == "authority":
+                raise web.HTTPTemporaryRedirect("/v1/elsewhere")
+            reply = await router.send("GET", "/v1/authority", token=router.token(PEER))
+            response = web.json_response(reply.body)
+            shown.append(request.headers.get("Accept-Encoding"))
+            if how == "compresses":
+                response.enable_compression(web.ContentCoding.gzip)
+            elif how == "is too long":
+                monkeypatch.setattr("router.peers.MAX_ANSWER_BYTES", len(response.body or b"") - 1)
+            return response
+
+        async with answering(answer) as url:
+            await Peers(msgspec.structs.replace(settings, peers={"central": url})).poll()
+        assert set(shown) <= {"identity"}
+        assert list(topology_store.load(Path(settings.topology_dir)).sections) == ["CERN"]
+        assert public_keys(Path(settings.trusted_keys_dir), "central") == {}
 
 
 async def test_one_authority_cannot_speak_for_another(shard: Partition, tmp_path: Path) -> None:
