@@ -12,14 +12,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final
 
 import msgspec
-from prometheus_client import Counter, Gauge
 
 from culm import access
 from culm.errors import ClientFault, CulmError, Unavailable
 from culm.shard_links import ShardLinks
+from culm.telemetry import SHED
 from culm.topology import authority_of_slot
 from culm.topology_store import TopologyCache
 from culm.wire import Happening, Principal, ShardHappenings, ShardHappeningsAnswer
+from monitor_api.metrics import CUT_OFF, ENDED, EVENT_READERS
 
 WAIT_S: Final = 20.0
 PAUSE_S: Final = 0.5
@@ -35,9 +36,7 @@ KEEP_ALIVE_S: Final = 15.0
 _STILL_HERE: Final = b": still here\n\n"
 MAX_ID_CHARS: Final = 4000
 
-_READERS: Final = Gauge("culm_monitor_event_readers", "Open event streams")
-_CUT_OFF: Final = Counter("culm_monitor_event_readers_cut_off_total", "Event streams that were cut off: too slow")
-_ENDED: Final = Counter("culm_monitor_event_readers_ended_total", "Event streams whose token was not good any more")
+_FULL: Final = SHED.labels("event_readers")
 
 log = logging.getLogger("monitor.live")
 
@@ -106,7 +105,7 @@ class Live:
         self._require_room(reader.who.account)
         # Before the look at what was missed: nothing can fall in between.
         self._readers.add(reader)
-        _READERS.set(len(self._readers))
+        EVENT_READERS.set(len(self._readers))
         try:
             await self.follow()
             seen: dict[str, Position] = {}
@@ -125,13 +124,13 @@ class Live:
                 for chunk in [] if told is None or reader.over else _chunks(reader.who, seen, *told):
                     yield chunk
             if reader.refused is not None:
-                _ENDED.inc()
+                ENDED.inc()
                 yield _end(reader.refused)
             else:
-                _CUT_OFF.inc()
+                CUT_OFF.inc()
         finally:
             self._readers.discard(reader)
-            _READERS.set(len(self._readers))
+            EVENT_READERS.set(len(self._readers))
             if not self._readers:
                 await self.stop()
 
@@ -165,8 +164,10 @@ class Live:
 
     def _require_room(self, account: str) -> None:
         if len(self._readers) >= MAX_READERS:
+            _FULL.inc()
             raise Unavailable("too_many_readers", "there are too many event streams", retry_after_s=KEEP_ALIVE_S)
         if sum(reader.who.account == account for reader in self._readers) >= MAX_OF_ACCOUNT:
+            _FULL.inc()
             told = f"{account} has {MAX_OF_ACCOUNT} event streams open: end one"
             raise ClientFault("too_many_readers", told, http_status=429)
 

@@ -23,6 +23,8 @@ from monitor_api.queries import ERROR_HOURS, PILE_UP_HOURS, PilotsQuery, hours_o
 from monitor_api.views import Views
 
 KEYS_POLL_S: Final = 5.0
+LISTEN_S: Final = 5.0
+"""How often all shards are asked what they have, though nobody looks."""
 TOKENS_LOOK_S: Final = 1.0
 """How soon an event stream ends whose token is not good any more, though nothing happens."""
 MAX_FORM_BYTES: Final = 64 << 10
@@ -59,6 +61,7 @@ class Monitor:
         await self._follow()
         loops.every(settings.topology_poll_s, "topology", self._follow)
         loops.every(POLL_S, "certificate", self._https.poll)
+        loops.every(LISTEN_S, "listen", self._views.listen)
         loops.every(KEYS_POLL_S, "keys", self._verifier.poll)
         loops.every(TOKENS_LOOK_S, "event_tokens", self._live.look_at_tokens)
         runner = web.AppRunner(self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)

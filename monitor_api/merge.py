@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from culm import access
+from culm.places import UNPLACED, place
 from culm.states import FINAL
 from culm.topology import Topology
 from culm.wire import (
@@ -28,8 +29,6 @@ from culm.wire import (
     SlotPileUp,
 )
 
-UNPLACED: Final = "(not in the topology)"
-REGION_ONLY: Final = "(any site of {region})"
 MAX_OWNERS: Final = 100
 
 
@@ -188,12 +187,6 @@ def merge_shards(topology: Topology, heard: Mapping[str, Heard], missing: Iterab
                 )
             )
     return ShardsAnswer(epochs=topology.epochs, shards=rows)
-
-
-def place(topology: Topology, slot: int) -> tuple[str, str]:
-    """The region and the site of a slot, as they are shown."""
-    region = topology.region_of_slot.get(slot, UNPLACED)
-    return region, topology.site_of_slot.get(slot, REGION_ONLY.format(region=region))
 
 
 def _above(one: SlotPileUp | PileUp) -> int:

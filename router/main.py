@@ -22,7 +22,8 @@ from culm.topology_store import TopologyCache
 from router import door
 from router.app import Front
 from router.forward import Forward
-from router.peers import Peers
+from router.metrics import EPOCH, UPSTREAM
+from router.peers import Peers, require_private
 
 RESTART_PAUSE_S: Final = 0.2
 STOP_S: Final = 15.0
@@ -37,6 +38,7 @@ def run(settings: RouterSettings) -> None:
     """Run the router until SIGTERM or SIGINT: `workers` processes, each restarted when it dies."""
     # Told here, and not by workers that die one after the other.
     Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
+    require_private(settings.peers)
     if settings.workers == 1:
         _work(settings)
         return
@@ -124,16 +126,17 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         waiting=settings.link_waiting,
         tls=settings.link_tls,
     )
-    links = ShardLinks(lambda: topology.current, options)
+    links = ShardLinks(lambda: topology.current, options, lambda shard: UPSTREAM.labels(shard).observe)
     verifier = Verifier(settings.trusted_keys_dir)
     front = Front(settings, Forward(topology, links, settings.forward_deadline_s), verifier)
     https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
-    peers = Peers(settings)
     loops = service.Loops()
 
     async def follow() -> None:
         topology.refresh_if_changed()
         await links.refresh()
+        for authority, section in topology.current.sections.items():
+            EPOCH.labels(authority).set(section.epoch)
 
     async def ready() -> str:
         return "" if topology.current.sections else "topology"
@@ -142,7 +145,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     loops.every(settings.topology_poll_s, "topology", follow)
     loops.every(KEYS_POLL_S, "keys", verifier.poll)
     loops.every(POLL_S, "certificate", https.poll)
-    loops.every(settings.peer_poll_s, "peers", peers.poll)
+    loops.every(settings.peer_poll_s, "peers", Peers(settings).poll)
     # handler_cancellation: a pilot that hangs up while it waits must not be given a job.
     runner = web.AppRunner(
         front.app(ready),
@@ -156,7 +159,12 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         assert runner.server is not None
         at = door.bound(settings.host, settings.port)
         server = await door.listen(
-            runner.server, front.connections(runner.server), at, settings.max_connections, https.context
+            runner.server,
+            front.connections(runner.server),
+            at,
+            settings.max_connections,
+            https.context,
+            shed=telemetry.SHED.labels("connections").inc,
         )
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()

@@ -9,13 +9,14 @@ import asyncio
 import logging
 import ssl
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
-from prometheus_client import Counter, Gauge
 
 from culm import access, topology_store
 from culm.address import is_loopback
@@ -25,20 +26,14 @@ from culm.settings import RouterSettings
 from culm.tokens import ToldKeys, adopt_keys, told_keys
 from culm.topology import Topology
 from culm.wire import Principal
+from router.metrics import PEER_HEARD, PEER_STALE
 
-DEADLINE_S: Final = 2.0
+SILENT_S: Final = 2.0
+"""A peer that says nothing for so long is cut off."""
+DEADLINE_S: Final = 60.0
+"""For the whole answer: a large section over a slow line takes its time."""
 MAX_ANSWER_BYTES: Final = 64 << 20
 """A section of 10,000 sites has about 10 MB."""
-
-_HEARD: Final = Gauge(
-    "culm_peer_heard_seconds",
-    "When a peer last told its section, unix time",
-    ["authority"],
-    multiprocess_mode="livemax",
-)
-_STALE: Final = Counter(
-    "culm_peer_stale_keys_total", "Answers of a peer whose keys are older than those it told before", ["authority"]
-)
 
 log = logging.getLogger("router.peers")
 
@@ -58,27 +53,39 @@ async def tell(settings: RouterSettings, principal: Principal, topology: Topolog
     return AuthorityAnswer(authority=settings.authority, section=section, keys=told.keys, keys_order=told.order)
 
 
-class Peers:
-    """Asks a router of every other authority.
+def require_private(peers: Mapping[str, str]) -> None:
+    """Our token, and the keys to be trusted, cross no network in the clear. Raises ClientFault(plain_http_refused)."""
+    for authority, url in peers.items():
+        try:
+            parts = urlsplit(url)
+            private = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+        except ValueError:
+            private = False
+        if not private:
+            raise ClientFault("plain_http_refused", f"peer {authority}: {url} must be https: outside of this machine")
 
-    Raises ClientFault(plain_http_refused) for a URL over which anybody on the way could give keys of his own.
-    """
+
+class Peers:
+    """Asks a router of every other authority. Raises as `require_private`."""
 
     def __init__(self, settings: RouterSettings) -> None:
-        for authority, url in settings.peers.items():
-            _require_safe(authority, url)
+        require_private(settings.peers)
         self._settings = settings
         self._cut_off: set[str] = set()
-        self._stale: set[str] = set()
+        self._n_stale: Counter[str] = Counter()
+        """By authority, how many of its answers in a row had older keys."""
+        for authority in settings.peers:
+            # There from the start, as 0: one that was never heard is missed, too.
+            PEER_HEARD.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
         peers = self._settings.peers
         if not peers:
             return
-        timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
-        # Not decompressed: a few bytes could be made into any number.
-        async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
+        patience = aiohttp.ClientTimeout(total=DEADLINE_S, sock_connect=SILENT_S, sock_read=SILENT_S)
+        # As it is sent: what a compressed answer grows to is not bounded by its length.
+        async with aiohttp.ClientSession(timeout=patience, auto_decompress=False) as session:
             await asyncio.gather(*(self._follow(session, name, url) for name, url in peers.items()))
 
     async def _follow(self, session: aiohttp.ClientSession, authority: str, url: str) -> None:
@@ -96,7 +103,7 @@ class Peers:
             if authority in self._cut_off:
                 log.info("authority %s is back", authority)
             self._cut_off.discard(authority)
-            _HEARD.labels(authority).set(time.time())
+            PEER_HEARD.labels(authority).set(time.time())
 
     def _adopt(self, answer: AuthorityAnswer) -> None:
         # The keys first: whoever is named in the section may speak for it at once.
@@ -105,13 +112,15 @@ class Peers:
             if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, told):
                 log.info("the keys of %s have changed", answer.authority)
         except Conflict as error:
-            _STALE.labels(answer.authority).inc()
-            # The section has an order of its own. Said once for every time that it is so.
-            if answer.authority not in self._stale:
-                log.warning("the keys stay as they are: %s", error)
-            self._stale.add(answer.authority)
+            # The section has an order of its own.
+            self._n_stale[answer.authority] += 1
+            # Two workers that ask at once may write what they heard in the other order: no fault, gone the next time.
+            if self._n_stale[answer.authority] > 1:
+                PEER_STALE.labels(answer.authority).inc()
+            if self._n_stale[answer.authority] == 2:
+                log.error("the keys of %s stay as they are: %s", answer.authority, error)  # noqa: TRY400
         else:
-            self._stale.discard(answer.authority)
+            self._n_stale.pop(answer.authority, None)
         if topology_store.adopt(Path(self._settings.topology_dir), answer.section):
             log.info("the section of %s is at epoch %d", answer.authority, answer.section.epoch)
 
@@ -129,10 +138,10 @@ class Peers:
                 if response.status != 200:
                     raise Unavailable("peer_refuses", f"{url} answers {response.status}: {body[:200]!r}")
                 return msgspec.json.decode(body, type=AuthorityAnswer)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise Unavailable("unreachable", f"no answer from {url}: {error or type(error).__name__}") from None
         except msgspec.DecodeError as error:
             raise Unavailable("bad_answer", f"{url} gave an answer that is not ours: {error}") from None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise Unavailable("unreachable", f"no answer from {url}: {error or type(error).__name__}") from None
 
 
 async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
@@ -142,19 +151,6 @@ async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
         if len(body) > MAX_ANSWER_BYTES:
             raise Unavailable("bad_answer", f"{url} answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
     return bytes(body)
-
-
-def _require_safe(authority: str, url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
-    except ValueError:
-        safe = False
-    if not safe:
-        raise ClientFault(
-            "plain_http_refused",
-            f"peers.{authority} is {url!r}: keys and sections come over https only, or from this machine",
-        )
 
 
 def _tls(ca_file: str) -> ssl.SSLContext:

@@ -280,4 +280,4 @@ async def test_slow_reads_of_people_hold_up_nobody_else(both: Servers) -> None:
 
 
 async def _occupy(shard: Partition) -> None:
-    await shard.shard.database.run("user", lambda tx: tx._run("SELECT SLEEP(30) FROM slot", ()))
+    await shard.shard.database.run("user", lambda tx: tx._run("x", "SELECT SLEEP(30) FROM slot", ()))
