@@ -471,7 +471,7 @@ async def _kill(settings: DatabaseSettings, number: int) -> None:
 
 async def test_one_connection_that_is_killed_in_a_transaction_is_no_reason_for_grace(database: Database) -> None:
     async def work(tx: Transaction) -> None:
-        [(number,)] = (await tx._run("SELECT CONNECTION_ID()", ()))[1]
+        [(number,)] = (await tx._run("read_slots", "SELECT CONNECTION_ID()", ()))[1]
         await _kill(database.settings, number)
         await _insert(tx)
 
