@@ -244,6 +244,9 @@ class LinkClient:
         self._new_until = 0.0
         self._stranger = ""
         """Who answered at the address at the last try, if it was another one."""
+        if name:
+            # There from the start, as 0.
+            OTHER_NAME.labels(name)
 
     @property
     def connected(self) -> bool:

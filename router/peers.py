@@ -77,6 +77,7 @@ class Peers:
         for authority in settings.peers:
             # There from the start, as 0: one that was never heard is missed, too.
             PEER_HEARD.labels(authority)
+            PEER_STALE.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
