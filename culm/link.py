@@ -228,8 +228,8 @@ class LinkOptions:
 class LinkClient:
     """One connection to one shard that is made again whenever it breaks; never more than one at a time.
 
-    A shard that greets with another name than `name` is not the one that is meant: it is shown out, and asked nothing.
-    A `name` of "" takes whoever is there.
+    Who greets with another name than `name` is not asked anything: an address that is used again, or that two names
+    share, would answer for two shards. A `name` of "" takes whoever is there.
     """
 
     def __init__(self, name: str, where: str, options: LinkOptions) -> None:
@@ -398,7 +398,7 @@ class LinkClient:
             return True
         OTHER_NAME.labels(self.name).inc()
         if peer != self._stranger:
-            log.error("link to %s: at %s answers %s; it is not used", self.name, self.where, peer[:128])
+            log.error("link to %s: the shard at %s is %s: nothing is asked there", self.name, self.where, peer[:128])
         self._stranger = peer[:128]
         return False
 

@@ -42,6 +42,11 @@ OTHER_NAME: Final = METRICS.counter(
     "Connections to a shard's address that were ended because another shard answered there",
     "shard",
 )
+TOPOLOGY_REFUSED: Final = METRICS.counter(
+    "culm_topology_refused_total",
+    "Sections that were not believed, for they step back or say another thing at the same epoch",
+    "authority",
+)
 BUILD: Final = METRICS.gauge(
     "culm_build_info", "1; version and name of the process", "version", "process", workers="livemax"
 )

@@ -1,8 +1,9 @@
 """The other authorities: a copy of each one's section and public keys, kept up to date while it can be reached.
 
 An authority changes its own section only, so there is never anything to merge: the newer epoch of its own wins. While
-it is cut off, the last good copy stays, and so do the keys that its tokens are verified with. The keys have an order of
-their own, so that a router of it that has slept, or was restored, brings no withdrawn key back.
+it is cut off, the last good copy stays, and so do the keys that its tokens are verified with. One that steps back, or
+says another thing at the same epoch, is not believed: it has lost its section (docs/runbook.md). The keys have an order
+of their own, so that a router of it that has slept, or was restored, brings no withdrawn key back.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ from culm.address import is_loopback
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
+from culm.telemetry import TOPOLOGY_REFUSED
 from culm.tokens import ToldKeys, adopt_keys, told_keys
 from culm.topology import Topology
 from culm.wire import Principal
@@ -74,10 +77,13 @@ class Peers:
         self._cut_off: set[str] = set()
         self._n_stale: Counter[str] = Counter()
         """By authority, how many of its answers in a row had older keys."""
+        self._n_refused: Counter[str] = Counter()
+        """By authority, how many of its answers in a row were out of order."""
         for authority in settings.peers:
             # There from the start, as 0: one that was never heard is missed, too.
             PEER_HEARD.labels(authority)
             PEER_STALE.labels(authority)
+            TOPOLOGY_REFUSED.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
@@ -95,6 +101,8 @@ class Peers:
             if answer.authority != authority or answer.section.authority != authority:
                 raise ClientFault("bad_peer", f"{url} speaks for {answer.authority}, not for {authority}")
             await asyncio.to_thread(self._adopt, answer)
+        except Conflict as error:
+            self._refuse(authority, error)
         except CulmError as error:
             # Said once for every time that it is cut off.
             if authority not in self._cut_off:
@@ -104,26 +112,36 @@ class Peers:
             if authority in self._cut_off:
                 log.info("authority %s is back", authority)
             self._cut_off.discard(authority)
+            self._n_refused.pop(authority, None)
             PEER_HEARD.labels(authority).set(time.time())
+
+    def _refuse(self, authority: str, error: Conflict) -> None:
+        self._n_refused[authority] += 1
+        # Two workers that ask at once may write what they heard in the other order: no fault, and gone the next time.
+        if self._n_refused[authority] > 1:
+            TOPOLOGY_REFUSED.labels(authority).inc()
+        if self._n_refused[authority] == 2:
+            log.error("authority %s is not believed, what was known of it stays: %s", authority, error)
 
     def _adopt(self, answer: AuthorityAnswer) -> None:
         # The keys first: whoever is named in the section may speak for it at once.
-        told = ToldKeys(keys=answer.keys, order=answer.keys_order)
-        try:
-            if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, told):
-                log.info("the keys of %s have changed", answer.authority)
-        except Conflict as error:
-            # The section has an order of its own.
-            self._n_stale[answer.authority] += 1
-            # Two workers that ask at once may write what they heard in the other order: no fault, gone the next time.
-            if self._n_stale[answer.authority] > 1:
-                PEER_STALE.labels(answer.authority).inc()
-            if self._n_stale[answer.authority] == 2:
-                log.error("the keys of %s stay as they are: %s", answer.authority, error)  # noqa: TRY400
-        else:
-            self._n_stale.pop(answer.authority, None)
-        if topology_store.adopt(Path(self._settings.topology_dir), answer.section):
+        if topology_store.adopt(Path(self._settings.topology_dir), answer.section, partial(self._trust, answer)):
             log.info("the section of %s is at epoch %d", answer.authority, answer.section.epoch)
+
+    def _trust(self, answer: AuthorityAnswer) -> None:
+        told, authority = ToldKeys(keys=answer.keys, order=answer.keys_order), answer.authority
+        try:
+            if adopt_keys(Path(self._settings.trusted_keys_dir), authority, told):
+                log.info("the keys of %s have changed", authority)
+        except Conflict as error:
+            # The section has an order of its own; and two workers may have asked at once, as above.
+            self._n_stale[authority] += 1
+            if self._n_stale[authority] > 1:
+                PEER_STALE.labels(authority).inc()
+            if self._n_stale[authority] == 2:
+                log.error("the keys of %s stay as they are: %s", authority, error)  # noqa: TRY400
+        else:
+            self._n_stale.pop(authority, None)
 
     async def _ask(self, session: aiohttp.ClientSession, url: str) -> AuthorityAnswer:
         try:

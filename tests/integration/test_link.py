@@ -468,7 +468,7 @@ async def test_a_shard_of_another_name_is_shown_out_and_asked_nothing(
         assert not client.connected
         # Said once, not at every try.
         told = [record.getMessage() for record in caplog.records if record.name == "culm.link"]
-        assert [f"link to eu1: at unix:{folder}/s answers us1; it is not used"] == told
+        assert [f"link to eu1: the shard at unix:{folder}/s is us1: nothing is asked there"] == told
         # The right one comes: nothing has to be restarted.
         await shard.server.stop(0.0)
         other = LinkServer("eu1", shard.handle, lambda *_call: None)
@@ -614,3 +614,23 @@ async def test_plain_tcp_outside_loopback_never_listens() -> None:
     with pytest.raises(ClientFault) as caught:
         await Shard().server.start(f"tcp:0.0.0.0:{free_ports(1)}")
     assert caught.value.code == "plain_tcp_refused"
+
+
+async def test_a_shard_under_anothers_name_is_not_asked(
+    shard: Shard, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = LinkClient("eu1", f"unix:{folder}/s", LinkOptions())
+    anyone = LinkClient("", f"unix:{folder}/s", LinkOptions())
+    for link in (other, anyone):
+        link.start()
+    try:
+        assert await anyone.wait_connected(DEADLINE_S)
+        assert anyone.peer == "us1"
+        await eventually(lambda: "is us1: nothing is asked there" in caplog.text, DEADLINE_S)
+        assert not other.connected
+        with pytest.raises(Unavailable, match="shard_down"):
+            await other.call("echo", b"x", DEADLINE_S)
+        assert shard.started == []
+    finally:
+        await other.stop()
+        await anyone.stop()
