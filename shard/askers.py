@@ -160,14 +160,18 @@ class Askers:
         """How many jobs were dispatched lately, of all slots."""
         return self._given_in_all.total(self._clock.now())
 
-    async def seen(self, shard: str, call: ShardPilots) -> ShardPilotsAnswer:
+    async def seen(self, shard: str, authority: str, call: ShardPilots) -> ShardPilotsAnswer:
         """The pilots that asked lately, the latest first; a user's are those that may take jobs of his VO.
+
+        An admin is shown those of his own authority: another's shard (`authority` is whose it is) has none for him.
 
         Raises ClientFault(forbidden). Safe to retry: yes.
         """
         access.require_role(call.principal, "user", "admin")
         since, is_user, vo = self._clock.now() - call.since_s, call.principal.role == "user", call.principal.vo
         names = sorted(self._queues.keys() if call.queues is None else self._queues.keys() & set(call.queues))
+        if not is_user and call.principal.authority != authority:
+            names = []
         found: list[tuple[float, str, str]] = []
         for name in names:
             for pilot, one in reversed(self._queues[name].pilots.items()):

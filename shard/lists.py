@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+import msgspec
+
 from culm import access
 from culm.ids import MAX_JOB_ID, id_range
 from culm.positions import START, Position, position_of, words_of
@@ -52,6 +54,12 @@ _NEWEST_OF_SLOT: Final[_Statements] = (
 async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> JobsAnswer:
     """A page of jobs; only what the caller may see. Raises ClientFault(forbidden), Unavailable. Safe to retry: yes."""
     access.require_role(call.principal, "user", "admin")
+    who = call.principal
+    if who.role == "user" and not who.vo:
+        # Of the jobs without a VO he reads his own.
+        if call.query.owner not in ("", who.account):
+            return JobsAnswer(jobs=[])
+        call = msgspec.structs.replace(call, query=msgspec.structs.replace(call.query, owner=who.account))
     if call.query.order == "newest":
         return await _newest(database, topology, call)
     return await _by_id(database, topology, call)

@@ -508,7 +508,7 @@ SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
 
 -- name: error_counts
 SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour) FROM error_tally
-WHERE hour >= %s AND (%s = 0 OR vo = %s) GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
+WHERE hour >= %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
 
 -- name: drop_old_errors
 DELETE FROM error_tally WHERE hour < %s LIMIT 1000
@@ -527,7 +527,7 @@ INSERT INTO tally_sample (hour, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, 
 -- Of each slot and state: the sum over several hours, and what the first and the last of them had.
 -- name: sampled_levels
 SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(IF(hour = %s, n, 0)) FROM tally_sample
-WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) GROUP BY slot, state
+WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s GROUP BY slot, state
 
 -- name: drop_old_samples
 DELETE FROM tally_sample WHERE hour < %s ORDER BY hour LIMIT 5000

@@ -412,6 +412,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
             placement={12_288: Placement("cern1", 1)},
         ),
         keys={"CERN-1700000000000-0a0b0c": "-----BEGIN PUBLIC KEY-----\n..."},
+        keys_order=1_700_000_000_001,
     ),
     frames.Frame(frames.Kind.CALL, 9, "get_job", 10_000, b"\x80"),
 )
