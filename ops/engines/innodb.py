@@ -78,6 +78,7 @@ def present(cache: Path) -> Engine | None:
 
 def prepare(engine: Engine, datadir: Path, cache: Path) -> None:
     """Make a data directory, a copy of the engine's template, unless it is there. Safe to retry: yes."""
+    _scratch(datadir).mkdir(mode=0o700, parents=True, exist_ok=True)
     if (datadir / "mysql").is_dir():
         return
     template = _template(engine, cache)
@@ -94,6 +95,8 @@ def argv(engine: Engine, datadir: Path, socket: Path, *, buffer_pool_mb: int = 6
         *_base(engine, datadir),
         f"--socket={socket}",
         f"--pid-file={datadir / 'server.pid'}",
+        # A server that starts clears this folder of what looks like a temporary table, also another server's.
+        f"--tmpdir={_scratch(datadir)}",
         "--skip-networking",
         "--skip-log-bin",
         "--innodb-flush-log-at-trx-commit=1",
@@ -108,6 +111,11 @@ def argv(engine: Engine, datadir: Path, socket: Path, *, buffer_pool_mb: int = 6
         "--max-allowed-packet=64M",
         *(["--mysqlx=0"] if engine.kind == "mysql" else []),
     ]
+
+
+def _scratch(datadir: Path) -> Path:
+    """Beside the data: every folder inside is taken for a database."""
+    return datadir.with_name(datadir.name + ".tmp")
 
 
 def _base(engine: Engine, datadir: Path) -> list[str]:
