@@ -30,9 +30,15 @@ class Level(NamedTuple):
     n_now: int = 0
     n_sum: int = 0
     """Over all samples."""
-    n_first: int = 0
     n_last: int = 0
-    """In the oldest and in the newest sample."""
+    """In the newest sample."""
+    n_grown: int = 0
+    """From the oldest to the newest sample, without what went: a final state shrinks by what was dropped only."""
+
+    @property
+    def n_since(self) -> int:
+        """More of a final state than in the newest sample; 0 in the hour in which a month was dropped."""
+        return max(0, self.n_now - self.n_last)
 
 
 class Window(NamedTuple):
@@ -133,10 +139,9 @@ def _grown(state: State, level: Level, window: Window) -> Growth | None:
 
 def _failing(levels: Mapping[State, Level], window: Window) -> Growth | None:
     level = levels.get(State.FAILED, Level())
-    n_failed = level.n_now - level.n_last
-    n_ended = sum(levels[state].n_now - levels[state].n_last for state in FINAL & levels.keys())
+    n_failed, n_ended = level.n_since, _ended(levels)
     before_s, since_s = window.last_at - window.first_at, window.now - window.last_at
-    usual = (level.n_last - level.n_first) / before_s * since_s if before_s > 0 else 0.0
+    usual = level.n_grown / before_s * since_s if before_s > 0 else 0.0
     if n_failed - usual < MIN_JOBS or n_failed < MIN_PACE * usual or n_failed < MIN_FAILED * n_ended:
         return None
     return Growth(State.FAILED, n_failed, round(usual), 0)
@@ -172,7 +177,8 @@ def _of_ready(levels: Mapping[State, Level], window: Window, asking: Asking) -> 
         told = f"{asking.n_pilots} pilots ask, and none can take any of them; most are refused for {refused.code}"
         told += f": needed {refused.needed}, offered {refused.offered or 'none'}"
         return Cause("pilots_do_not_fit", told, refused.example)
-    n_came = max(0, sum(level.n_now - level.n_last for level in levels.values()))
+    n_there = sum(level.n_now - level.n_last for state, level in levels.items() if state not in FINAL)
+    n_came = max(0, n_there + _ended(levels))
     n_left = max(0, n_came - sum(levels[state].n_now - levels[state].n_last for state in _QUEUED & levels.keys()))
     told = f"in {_hours(window.now - window.last_at)} {n_came} jobs came and {n_left} left the queue"
     if refused is not None:
@@ -184,8 +190,7 @@ def _of_running(state: State, levels: Mapping[State, Level], window: Window, see
     if seen.n_silent >= max(1, SILENT * seen.n_leases):
         told = f"{seen.n_silent} of {seen.n_leases} that were looked at have sent no heartbeat for most of their time"
         return Cause("heartbeats_stop", told)
-    n_ended = max(0, sum(levels[one].n_now - levels[one].n_last for one in FINAL & levels.keys()))
-    told = f"their heartbeats come; in {_hours(window.now - window.last_at)} {n_ended} jobs ended: "
+    told = f"their heartbeats come; in {_hours(window.now - window.last_at)} {_ended(levels)} jobs ended: "
     told += "more pilots work, or payloads are slow" if state is State.RUNNING else "payloads are slow to start"
     return Cause("more_starts_than_ends", told)
 
@@ -199,6 +204,10 @@ def _of_failed(window: Window, seen: Evidence) -> Cause:
         f"they failed in the last {took}; the most frequent error is {plane or 'without a plane'} {code}: {n_jobs} jobs"
     )
     return Cause("jobs_fail", told, example)
+
+
+def _ended(levels: Mapping[State, Level]) -> int:
+    return sum(levels[state].n_since for state in FINAL & levels.keys())
 
 
 def _hours(seconds: float) -> str:

@@ -474,10 +474,13 @@ INSERT INTO sampled (hour, at) VALUES (%s, UTC_TIMESTAMP(6))
 -- name: insert_samples
 INSERT INTO tally_sample (hour, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
 
--- Of each slot and state: the sum over several hours, and what the first and the last of them had.
+-- Of each slot and state: the sum over several hours, what the last of them had, and what was gained from hour to hour.
 -- name: sampled_levels
-SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(IF(hour = %s, n, 0)) FROM tally_sample
-WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) GROUP BY slot, state
+SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(gained) FROM (
+  SELECT slot, state, hour, n, IF(hour = %s, 0, GREATEST(
+    0, n - COALESCE(LAG(n) OVER (PARTITION BY slot, state, vo ORDER BY hour), 0))) AS gained
+  FROM tally_sample WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s)
+) AS hourly GROUP BY slot, state
 
 -- name: drop_old_samples
 DELETE FROM tally_sample WHERE hour < %s ORDER BY hour LIMIT 5000

@@ -169,6 +169,26 @@ async def test_a_user_is_told_of_his_vo_and_a_pilot_of_nothing(shard: Partition)
     assert caught.value.code == "forbidden"
 
 
+async def test_what_was_dropped_from_the_archive_takes_nothing_from_the_pace_of_before(shard: Partition) -> None:
+    await sampled(shard)
+    hour = int(await Samples(shard.shard.database, 3).now()) // 3600
+    slot = shard.slot().slot
+    await shard.sql("DELETE FROM tally_sample")
+    # 10 an hour, before and after a drop of 90,000; another VO begins after the oldest sample.
+    for before, n_jobs in ((4, 90_000), (3, 90_010), (2, 10), (1, 20)):
+        await shard.sql(
+            f"INSERT INTO sampled VALUES ({hour - before}, DATE_SUB(UTC_TIMESTAMP(6), INTERVAL {before} HOUR))"
+        )
+        await shard.sql(f"INSERT INTO tally_sample VALUES ({hour - before}, {slot}, 'failed', 'atlas', {n_jobs})")
+    await shard.sql(f"INSERT INTO tally_sample VALUES ({hour - 1}, {slot}, 'failed', 'cms', 7)")
+    samples = Samples(shard.shard.database, 48)
+    window, levels = await samples.compare(ShardPileUps(principal=ADMIN, hours=6))
+    level = levels[slot][State.FAILED]
+    assert (window.n_samples, level.n_sum, level.n_last, level.n_grown) == (4, 180_047, 27, 27)
+    _, levels = await samples.compare(ShardPileUps(principal=USER, hours=6))
+    assert levels[slot][State.FAILED].n_grown == 20
+
+
 # --- causes ----------------------------------------------------------------------------------------------------------
 
 
