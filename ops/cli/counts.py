@@ -1,7 +1,6 @@
 """`culm counts`: what the monitor's /v1/counts says."""
 
 import asyncio
-import sys
 from pathlib import Path
 
 import click
@@ -9,7 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import CountsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole
 
 
 @click.command()
@@ -18,7 +17,9 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
 @OUTPUT
 @click.option("--by", type=click.Choice(["region", "site", "vo"]), default="region", show_default=True)
 def counts(folder: Path, authority: str, output: str, by: str) -> None:
-    """Show the merged counts of all shards by state; shards that gave no answer are named.
+    """Show the merged counts of all shards by state.
+
+    Exit code 4 if a shard gave no answer: it is named, and shown as last heard.
 
     \b
     Examples:
@@ -33,7 +34,12 @@ def counts(folder: Path, authority: str, output: str, by: str) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        return
+    else:
+        _show(answer, by)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: CountsAnswer, by: str) -> None:
     states = sorted(answer.total)
     table = Table(by, *states)
     rows = {"region": answer.by_region, "site": answer.by_site, "vo": answer.by_vo}[by]
@@ -43,6 +49,5 @@ def counts(folder: Path, authority: str, output: str, by: str) -> None:
     console().print(table)
     for shard in answer.missing_shards:
         age = answer.shards.get(shard)
-        sys.stderr.write(
-            f"{shard} gives no answer; " + ("never heard\n" if age is None else f"shown as {age:.0f} s ago\n")
-        )
+        told = "never heard" if age is None else f"shown as {age:.0f} s ago"
+        click.echo(f"{shard} gives no answer; {told}", err=True)

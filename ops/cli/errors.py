@@ -8,7 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import ErrorsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
 @click.command()
@@ -18,6 +18,8 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
 @click.option("--hours", type=click.IntRange(1, 720), default=24, show_default=True, help="The last so many.")
 def errors(folder: Path, authority: str, output: str, hours: int) -> None:
     """Show what jobs failed of, by plane, code and site, the most frequent first.
+
+    Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -32,7 +34,12 @@ def errors(folder: Path, authority: str, output: str, hours: int) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        return
+    else:
+        _show(answer, hours)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: ErrorsAnswer, hours: int) -> None:
     if answer.errors:
         table = Table("plane", "code", "site", "region", "jobs", "last in the hour of", "example")
         for row in answer.errors:
@@ -41,5 +48,3 @@ def errors(folder: Path, authority: str, output: str, hours: int) -> None:
         console().print(table)
     else:
         click.echo(f"no job failed in the last {hours} hours")
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)

@@ -15,9 +15,9 @@ from culm.client import Client
 from culm.errors import ClientFault, Unavailable
 from culm.moments import moment
 from culm.states import FINAL, State
-from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest, SubmitWarning
+from culm.wire import CancelAnswer, CancelRequest, JobRow, JobsAnswer, JobSpec, JobsQuery, SubmitRequest, SubmitWarning
 from ops.cli import exits
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 
 WATCH_S: Final = 1.0
 
@@ -99,7 +99,7 @@ def _warn(warning: SubmitWarning, ids: list[int | None]) -> None:
 @click.option("--before", default="", help="In the order newest: where the page before ended.")
 @click.option("--after", type=int, default=0, help="In the order of the id: the last id of the page before.")
 def list_jobs(folder: Path, authority: str, output: str, state: str | None, **filters: Any) -> None:
-    """List jobs over all shards, the newest first; shards that gave no answer are named.
+    """List jobs over all shards, the newest first. Exit code 4 if a shard gave no answer: it is named.
 
     \b
     Examples:
@@ -118,7 +118,12 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
     page = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(page))
-        return
+    else:
+        _show_page(page)
+    require_whole(page.missing_shards)
+
+
+def _show_page(page: JobsAnswer) -> None:
     if not page.jobs:
         click.echo("no jobs" + ("" if not page.missing_shards else " on the shards that answered"))
     else:
@@ -127,8 +132,6 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
         click.echo(f"more: --after {page.next}", err=True)
     if page.before is not None:
         click.echo(f"more: --before {page.before}", err=True)
-    if page.missing_shards:
-        click.echo(f"no answer from: {', '.join(page.missing_shards)}", err=True)
 
 
 @job.command()
@@ -279,8 +282,7 @@ async def _rows(client: Client, ids: tuple[int, ...], jobset: int | None) -> lis
     if jobset is None:
         return [(await client.job(identifier)).job for identifier in ids]
     rows, missing = await client.all_jobs(JobsQuery(jobset=jobset, limit=1000))
-    if missing:
-        raise Unavailable("missing_shards", f"no answer from: {', '.join(missing)}")
+    require_whole(missing)
     if not rows:
         raise ClientFault("unknown_jobset", f"no job of jobset {jobset} is known", http_status=404)
     return rows

@@ -1,7 +1,6 @@
 """`culm jobset show|kill|retry`."""
 
 import asyncio
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import msgspec
 
 from culm.errors import ClientFault
 from culm.wire import JobRow, JobsQuery
-from ops.cli import exits
 from ops.cli.job import kill as kill_jobs
 from ops.cli.job import retry as retry_jobs
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, require_whole, router
 
 
 @click.group()
@@ -49,9 +47,7 @@ def show(folder: Path, authority: str, output: str, number: int) -> None:
     else:
         counted = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none"
         click.echo(f"jobset {number}, {len(rows)} jobs: {counted}")
-    if missing:
-        click.echo(f"not counted, no answer from: {', '.join(missing)}", err=True)
-        sys.exit(exits.UNAVAILABLE)
+    require_whole(missing)
 
 
 @jobset.command()

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from culm.client import Client
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Unavailable
 from culm.topology import CENTRAL
 from ops.cluster import control
 from ops.cluster.layout import DEFAULT_PORT, FIRST_SHARDS, Layout, default_folder
@@ -70,6 +70,15 @@ def console() -> Console:
 def utc(at: float) -> str:
     """A time for people, seconds since the epoch."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+
+
+def require_whole(missing: Collection[str]) -> None:
+    """After what is known was shown: raises Unavailable(missing_shards) where a shard gave no answer.
+
+    A script must not take a part for the whole.
+    """
+    if missing:
+        raise Unavailable("missing_shards", f"no answer from {', '.join(missing)}: what is shown is not all")
 
 
 def token(folder: Path, role: str, authority: str = CENTRAL) -> str:

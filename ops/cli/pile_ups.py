@@ -8,7 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PileUpsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole
 
 
 @click.command("pile-ups")
@@ -18,6 +18,8 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
 @click.option("--hours", type=click.IntRange(1, 720), default=6, show_default=True, help="Against so many.")
 def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     """Show which state grows where against the last hours, with the likely cause, the most jobs first.
+
+    Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -32,7 +34,12 @@ def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        return
+    else:
+        _show(answer, hours)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: PileUpsAnswer, hours: int) -> None:
     if answer.pile_ups:
         table = Table("site", "region", "state", "jobs", "usual", "an hour ago", "likely cause", "example")
         for row in answer.pile_ups:
@@ -45,5 +52,3 @@ def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     for shard, n_samples in answer.n_samples.items():
         if not n_samples:
             click.echo(f"{shard} has no sample of an hour before this one yet: it cannot say", err=True)
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)

@@ -10,7 +10,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PilotsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 from ops.cluster import control
 from ops.pilot_zipapp import build as build_zipapp
 
@@ -76,6 +76,7 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
     """List the pilots that asked for work lately, the latest first: where, how often, and what they got.
 
     Counts of a pilot are from when a shard first saw it; a shard that was restarted begins anew.
+    Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -90,7 +91,12 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        return
+    else:
+        _show(answer, minutes)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: PilotsAnswer, minutes: int) -> None:
     if answer.pilots:
         table = Table("pilot", "host", "site", "queue", "last asked", "requests", "with jobs", "jobs", "last job")
         for row in answer.pilots:
@@ -102,5 +108,3 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
         click.echo(f"no pilot asked in the last {minutes} minutes")
     if answer.n_left_out:
         click.echo(f"at least {answer.n_left_out} more are not shown (--limit)", err=True)
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)

@@ -12,7 +12,7 @@ from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import SiteWhyAnswer
 from ops import catalogue
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
 
 
@@ -76,7 +76,7 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
 @OUTPUT
 @click.argument("name")
 def why(folder: Path, authority: str, output: str, name: str) -> None:
-    """Say what the pilots of a site ask for, get, and are refused for.
+    """Say what the pilots of a site ask for, get, and are refused for. Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -91,9 +91,14 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        return
+    else:
+        _show_why(answer)
+    require_whole(answer.missing_shards)
+
+
+def _show_why(answer: SiteWhyAnswer) -> None:
     if not answer.queues:
-        click.echo(f"{name} has no computing queue")
+        click.echo(f"{answer.site} has no computing queue")
     for queue in answer.queues:
         because = f" ({queue.reason})" if queue.reason else ""
         asked = f"last asked {utc(queue.last_asked_at)}" if queue.last_asked_at else "never asked"
@@ -102,8 +107,6 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
         for one in queue.refused:
             needed = f"needed {one.needed}, offered {one.offered or 'none'}"
             click.echo(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
 
 
 @site.command("set")

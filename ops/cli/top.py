@@ -15,7 +15,7 @@ from culm.client import Client
 from culm.errors import Unavailable
 from culm.states import State
 from culm.wire import CountsAnswer, ShardsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -35,6 +35,8 @@ class Seen(msgspec.Struct, frozen=True):
 def top(folder: Path, *, authority: str, output: str, interval: float, once: bool) -> None:
     """Show states by region, the dispatch rate, and the shards with their health, until Ctrl-C.
 
+    With --once exit code 4 if a shard gave no answer.
+
     \b
     Examples:
       culm top
@@ -51,6 +53,7 @@ async def _once(folder: Path, authority: str, output: str) -> None:
         click.echo(msgspec.json.encode(seen))
     else:
         console().print(page(seen))
+    require_whole(_missing(seen))
 
 
 async def _follow(folder: Path, authority: str, output: str, interval: float) -> None:
@@ -90,12 +93,16 @@ def page(seen: Seen | None, away: str = "") -> RenderableType:
     told: list[RenderableType] = []
     if seen is not None:
         told += [_head(seen), _regions(seen.counts), _shards(seen.shards)]
-        missing = sorted({*seen.counts.missing_shards, *(row.name for row in seen.shards.shards if not row.answers)})
+        missing = _missing(seen)
         if missing:
             told.append(Text(f"no answer from {', '.join(missing)}: shown as last heard", style="bold red"))
     if away:
         told.append(Text(away, style="bold red"))
     return Group(*told)
+
+
+def _missing(seen: Seen) -> list[str]:
+    return sorted({*seen.counts.missing_shards, *(row.name for row in seen.shards.shards if not row.answers)})
 
 
 def _head(seen: Seen) -> Text:
