@@ -72,7 +72,13 @@ class Views:
             raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
         call = ShardErrors(principal=who, hours=hours)
         heard, missing = await self._ask_all(self._topology.current.shards, call, "errors", ShardErrorsAnswer)
-        return ErrorsAnswer(hours=hours, errors=merge_errors(self._topology.current, heard), missing_shards=missing)
+        return ErrorsAnswer(
+            hours=hours,
+            errors=merge_errors(self._topology.current, heard),
+            missing_shards=missing,
+            n_left_out=sum(answer.n_left_out for answer in heard),
+            n_jobs_left_out=sum(answer.n_jobs_left_out for answer in heard),
+        )
 
     async def pile_ups(self, who: Principal, hours: int) -> PileUpsAnswer:
         """Which state grows where against the last hours, with the likely cause; a user's by the jobs of his VO.

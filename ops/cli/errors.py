@@ -48,3 +48,6 @@ def _show(answer: ErrorsAnswer, hours: int) -> None:
         console().print(table)
     else:
         click.echo(f"no job failed in the last {hours} hours")
+    if answer.n_left_out:
+        told = f"not shown: {answer.n_jobs_left_out} more jobs, of up to {answer.n_left_out} rarer errors"
+        click.echo(told, err=True)

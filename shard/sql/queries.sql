@@ -450,14 +450,15 @@ SELECT COALESCE(SUM(n), 0) FROM archive_tally WHERE month = %s
 SELECT slot, state, vo, SUM(n) FROM tally GROUP BY slot, state, vo
 
 -- name: owner_counts
-SELECT owner, SUM(n) AS n_active FROM owner_tally GROUP BY owner HAVING n_active > 0
+SELECT owner, SUM(n) AS n_active, COUNT(*) OVER () FROM owner_tally GROUP BY owner HAVING n_active > 0
 ORDER BY n_active DESC, owner LIMIT %s
 
 -- name: owner_count
 SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
 
 -- name: error_counts
-SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour) FROM error_tally
+SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour), COUNT(*) OVER (), SUM(SUM(n)) OVER ()
+FROM error_tally
 WHERE hour >= %s AND (%s = 0 OR vo = %s) GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
 
 -- name: drop_old_errors
