@@ -36,6 +36,8 @@ from monitor_api.merge import Heard, merge, merge_errors, merge_pile_ups, merge_
 from monitor_api.queries import PilotsQuery
 
 MAX_HOURS: Final = 24 * 30
+PILE_UPS_PATIENCE: Final = 3.0
+"""Deadlines: a shard looks up a cause for each pile-up, and is slowest when much piles up."""
 
 A = TypeVar("A", bound=msgspec.Struct)
 
@@ -89,7 +91,9 @@ class Views:
         if not 1 <= hours <= MAX_HOURS:
             raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
         call = ShardPileUps(principal=who, hours=hours)
-        heard, missing = await self._ask_all(self._topology.current.shards, call, "pile_ups", ShardPileUpsAnswer)
+        patience_s = PILE_UPS_PATIENCE * self._deadline_s
+        shards = self._topology.current.shards
+        heard, missing = await self._ask_all(shards, call, "pile_ups", ShardPileUpsAnswer, patience_s)
         return PileUpsAnswer(
             hours=hours,
             pile_ups=merge_pile_ups(self._topology.current, heard),
@@ -137,11 +141,13 @@ class Views:
         return topology.place(slot).shard, ShardJob(at=topology.slot(slot), principal=who, id=identifier)
 
     async def _ask_all(
-        self, shards: Iterable[str], call: msgspec.Struct, verb: str, kind: type[A]
+        self, shards: Iterable[str], call: msgspec.Struct, verb: str, kind: type[A], deadline_s: float | None = None
     ) -> tuple[list[A], list[str]]:
         """The same of several shards: what they say, and who gave no answer."""
         names = list(shards)
-        answers = await self._links.ask_many([(name, call) for name in names], verb, kind, self._deadline_s)
+        answers = await self._links.ask_many(
+            [(name, call) for name in names], verb, kind, deadline_s or self._deadline_s
+        )
         heard = [answer for answer in answers if not isinstance(answer, CulmError)]
         missing = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)]
         return heard, sorted(missing)

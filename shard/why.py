@@ -13,7 +13,7 @@ from typing import Final
 
 from culm import access
 from culm.errors import ClientFault
-from culm.matching import Offer, Requirements, refusals
+from culm.matching import Offer, Requirements, matches, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
 from culm.wire import Principal, QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
@@ -24,6 +24,7 @@ from shard.database import Database, Row, Transaction
 from shard.growth import Asking
 from shard.hints import ClassKey
 from shard.obstacles import NO_QUEUE, Obstacles
+from shard.pauses import Pauses
 
 MAX_AHEAD: Final = 10_000
 MAX_REASONS: Final = 50
@@ -32,7 +33,11 @@ MAX_CLASSES: Final = 200
 MAX_OFFERS: Final = 64
 """Offers that the classes of one slot are held against when it is asked why it piles up."""
 CLASSES_PER_STATEMENT: Final = 100
+UNITS_PER_QUEUE: Final = 100
+"""What it takes to count the pilots of a computing queue, as `shard.pauses` counts."""
 _MICROSECONDS: Final = 1_000_000
+_What = tuple[str, str, str]
+"""Why a class is refused, what was needed, what was offered."""
 _AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
 
 
@@ -108,20 +113,18 @@ class Why:
         each = max(1, MAX_OFFERS // max(1, len(asking)))
         offers = [offer for name in asking for offer in askers.offers(name)[:each]][:MAX_OFFERS]
         seen = self._visible([key for key in self._classes.active() if key.slot == slot], who)
-        refused: dict[tuple[str, str, str], list[ClassKey]] = {}
-        n_refused = 0
-        for key, needs in seen if offers else ():
-            nearest = min((refusals(needs, offer) for offer in offers), key=len)
-            n_refused += bool(nearest)
-            for one in nearest:
-                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+        n_refused, refused = await _refused(seen, offers)
+        n_pilots, pauses = 0, Pauses()
+        for name in online:
+            n_pilots += askers.n_pilots(name)
+            await pauses.after(UNITS_PER_QUEUE)
         most = max(refused.items(), key=lambda item: len(item[1]), default=None)
         return Asking(
             n_queues=len(queues),
             n_offline=len(queues) - len(online),
             reason=next((queue.reason for queue in queues.values() if queue.status == "offline" and queue.reason), ""),
             n_asked=sum(map(askers.n_asked, online)),
-            n_pilots=sum(map(askers.n_pilots, online)),
+            n_pilots=n_pilots,
             last_at=max(map(askers.last_at, online), default=0.0),
             n_classes=len(seen),
             n_refused=n_refused,
@@ -170,11 +173,7 @@ class Why:
 
     async def _of_queue(self, name: str, queue: Queue, seen: Sequence[tuple[ClassKey, Requirements]]) -> QueueWhy:
         askers, offers = self._askers, self._askers.offers(name)
-        refused: dict[tuple[str, str, str], list[ClassKey]] = {}
-        for key, needs in seen if offers else ():
-            per_offer = [refusals(needs, offer) for offer in offers]
-            for one in min(per_offer, key=len):
-                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+        _, refused = await _refused(seen, offers)
         told = [await self._told(*item) for item in sorted(refused.items())]
         return QueueWhy(
             queue=name,
@@ -187,7 +186,7 @@ class Why:
             refused=[one for one in told if one is not None],
         )
 
-    async def _told(self, what: tuple[str, str, str], keys: Sequence[ClassKey]) -> Refused | None:
+    async def _told(self, what: _What, keys: Sequence[ClassKey]) -> Refused | None:
         """A refusal with one of its jobs; None where those are gone."""
         best = await self._database.run("user", partial(_best, key=keys[0]))
         if not best:
@@ -206,6 +205,21 @@ class Why:
 
     async def _fetch(self, statement: str, identifier: int) -> list[Row]:
         return await self._database.run("user", lambda tx: tx.fetch(statement, identifier))
+
+
+async def _refused(
+    seen: Iterable[tuple[ClassKey, Requirements]], offers: Sequence[Offer]
+) -> tuple[int, dict[_What, list[ClassKey]]]:
+    """How many classes fit none of these offers, and those by what keeps them from the offer that is nearest."""
+    n_refused, refused = 0, dict[_What, list[ClassKey]]()
+    pauses = Pauses()
+    for key, needs in seen if offers else ():
+        await pauses.after(len(offers))
+        if not any(matches(needs, offer) for offer in offers):
+            n_refused += 1
+            for one in min((refusals(needs, offer) for offer in offers), key=len):
+                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+    return n_refused, refused
 
 
 async def _count_before(tx: Transaction, place: _Place, keys: Sequence[ClassKey]) -> int:

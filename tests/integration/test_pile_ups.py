@@ -9,6 +9,7 @@ import pytest
 from culm.errors import ClientFault
 from culm.settings import Timeouts
 from culm.states import Event, State
+from culm.topology import Topology
 from culm.wire import (
     Grant,
     InputFile,
@@ -21,7 +22,10 @@ from culm.wire import (
     ShardPileUpsAnswer,
     SlotPileUp,
 )
+from shard import pile_ups
+from shard.growth import Asking
 from shard.samples import Samples
+from shard.why import Why
 from tests.integration.test_why import world_at
 from tests.partition import ADMIN, OTHER_USER, PILOT, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
@@ -41,6 +45,8 @@ def _no_hour_begins(monkeypatch: pytest.MonkeyPatch) -> None:
         return began
 
     monkeypatch.setattr(Samples, "now", now)
+    # Nor is anything remembered: a test changes what there is to see.
+    monkeypatch.setattr(pile_ups, "KNOWN_S", -1.0)
 
 
 async def sampled(shard: Partition, n_hours: int = 1) -> None:
@@ -187,6 +193,35 @@ async def test_what_was_dropped_from_the_archive_takes_nothing_from_the_pace_of_
     assert (window.n_samples, level.n_sum, level.n_last, level.n_grown) == (4, 180_047, 27, 27)
     _, levels = await samples.compare(ShardPileUps(principal=USER, hours=6))
     assert levels[slot][State.FAILED].n_grown == 20
+
+
+async def test_a_cause_that_was_looked_up_is_known_for_a_while_to_those_of_the_same_vo(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pile_ups, "KNOWN_S", 20.0)
+    monkeypatch.setattr(pile_ups, "MAX_KNOWN", 2)
+    looked: list[str] = []
+    asking = Why.asking
+
+    async def counted(why: Why, topology: Topology, slot: int, who: Principal) -> Asking:
+        looked.append(who.vo)
+        return await asking(why, topology, slot, who)
+
+    monkeypatch.setattr(Why, "asking", counted)
+    await quiet_hour(shard)
+    await shard.submit(*[job()] * N_JOBS)
+    first = await the_pile_up(shard)
+    for hours in range(2, 30):
+        assert (await judged(shard, hours=hours)).pile_ups == [first]
+    assert looked == [""]
+    await shard.submit(*[job()] * N_JOBS, who=STRANGER)
+    for _ in range(2):
+        for who in (USER, OTHER_USER, STRANGER):
+            await the_pile_up(shard, who)
+    assert looked == ["", "atlas", "cms"]
+    # The oldest one has been forgotten.
+    await the_pile_up(shard)
+    assert looked == ["", "atlas", "cms", ""]
 
 
 # --- causes ----------------------------------------------------------------------------------------------------------
