@@ -9,9 +9,10 @@ import msgspec
 
 from culm.errors import ClientFault
 from culm.wire import JobRow, JobsQuery
+from ops.cli.job import ID
 from ops.cli.job import kill as kill_jobs
 from ops.cli.job import retry as retry_jobs
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, require_whole, router
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, WHO, require_whole, router
 
 
 @click.group()
@@ -22,8 +23,9 @@ def jobset() -> None:
 @jobset.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("number", type=int)
+@click.argument("number", type=ID)
 def show(folder: Path, authority: str, output: str, number: int) -> None:
     """Count the jobs of a jobset by state. Exit code 4 if a shard gave no answer: its jobs are not counted.
 
@@ -53,8 +55,9 @@ def show(folder: Path, authority: str, output: str, number: int) -> None:
 @jobset.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("number", type=int)
+@click.argument("number", type=ID)
 @click.pass_context
 def kill(context: click.Context, *, folder: Path, authority: str, output: str, number: int) -> None:
     """End all jobs of a jobset, as culm job kill --jobset does.
@@ -69,8 +72,9 @@ def kill(context: click.Context, *, folder: Path, authority: str, output: str, n
 @jobset.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("number", type=int)
+@click.argument("number", type=ID)
 @click.pass_context
 def retry(context: click.Context, *, folder: Path, authority: str, output: str, number: int) -> None:
     """Submit again what failed or was ended of a jobset, as culm job retry --jobset does.

@@ -1,6 +1,7 @@
 """Options that many commands share, and the client that they speak through."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -13,6 +14,7 @@ from rich.console import Console
 from culm.client import Client
 from culm.errors import ClientFault, Unavailable
 from culm.topology import CENTRAL
+from ops.cli.text import Plain
 from ops.cluster import control
 from ops.cluster.layout import DEFAULT_PORT, FIRST_SHARDS, Layout, default_folder
 
@@ -57,14 +59,43 @@ AUTHORITY: Option = click.option(
 )
 
 
+def _remember(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    context.meta[f"culm.{parameter.name}"] = value
+
+
+def WHO(function: F) -> F:  # noqa: N802  # used as the others
+    """Whose jobs are meant, and with whose rights: what `router` shows as its token."""
+    of_role = click.option(
+        "--as",
+        "role",
+        type=click.Choice(["user", "admin"]),
+        default="user",
+        show_default=True,
+        envvar="CULM_AS",
+        expose_value=False,
+        callback=_remember,
+        help="With the cluster's own token of user demo, who sees VO demo, or of an admin. [$CULM_AS]",
+    )
+    of_file = click.option(
+        "--token-file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="CULM_TOKEN_FILE",
+        expose_value=False,
+        callback=_remember,
+        help="With a token of your own (culm token issue). [$CULM_TOKEN_FILE]",
+    )
+    return of_role(of_file(function))
+
+
+_TOKEN = re.compile(r"[\w-]+(\.[\w-]+){2}", re.ASCII)
 _PIPE_WIDTH = 240
 """Columns of a table that goes to a file or another program: nothing is cut off."""
 
 
 def console() -> Console:
-    """Where tables go. Names and texts are shown as they are: no markup in them is obeyed."""
+    """Where tables go. Names and texts are shown as they are: nothing in them is obeyed."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(width=width, markup=False, highlight=False)
+    return Plain(width)
 
 
 def utc(at: float) -> str:
@@ -82,18 +113,30 @@ def require_whole(missing: Collection[str]) -> None:
 
 
 def token(folder: Path, role: str, authority: str = CENTRAL) -> str:
-    """The command line's own token of a role. Raises ClientFault(no_token)."""
+    """The command line's own token of a role. Raises ClientFault (no_token, bad_token_file)."""
     path = Layout(folder).home(authority).tokens / f"{authority}.{role}"
+    return _token_in(path, f"remove it; culm down, then culm up, makes a new one of {folder}")
+
+
+def _token_in(path: Path, advice: str) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        raise ClientFault("no_token", f"cannot read {path}; is {folder} a cluster?") from None
+        text = path.read_bytes().decode("ascii", errors="replace").strip()
+    except OSError as error:
+        raise ClientFault("no_token", f"{path} cannot be read ({error.strerror}): {advice}") from None
+    if not _TOKEN.fullmatch(text):
+        raise ClientFault("bad_token_file", f"{path} holds no token: {advice}")
+    return text
 
 
 def router(folder: Path, role: str = "user", *, authority: str = CENTRAL) -> Client:
-    """A client of an authority's router. Raises Unavailable(not_running)."""
+    """A client of an authority's router; a "user" is who the options of WHO say. Raises Unavailable(not_running)."""
     url = control.running(folder, authority).router_url
-    return Client(url, token(folder, role, authority), patience_s=10.0)
+    context = click.get_current_context(silent=True)
+    said = context.meta if context is not None and role == "user" else {}
+    file: Path | None = said.get("culm.token_file")
+    if file is not None:
+        return Client(url, _token_in(file, "culm token issue prints one"), patience_s=10.0)
+    return Client(url, token(folder, said.get("culm.role", role), authority), patience_s=10.0)
 
 
 def monitor(folder: Path, authority: str = CENTRAL, *, patience_s: float = 10.0) -> Client:

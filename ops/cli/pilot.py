@@ -24,8 +24,10 @@ def pilot() -> None:
 @DIR
 @AUTHORITY
 @click.option("--queue", required=True, help="The computing queue to ask for.")
-@click.option("--max-jobs", type=int, default=0, help="End after so many jobs.")
-@click.option("--idle-exit", type=float, default=0.0, help="End after so many seconds without work.")
+@click.option("--max-jobs", type=click.IntRange(min=0), default=0, help="End after so many jobs.")
+@click.option(
+    "--idle-exit", type=click.FloatRange(min=0.0), default=0.0, help="End after so many seconds without work."
+)
 @click.argument("more", nargs=-1)
 def run(*, folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: float, more: tuple[str, ...]) -> None:
     """Run a pilot here against the cluster, until SIGTERM or as the options say.

@@ -14,6 +14,7 @@ from culm.wire import SiteWhyAnswer
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
+from ops.cli.text import say
 
 
 @click.group()
@@ -103,10 +104,10 @@ def _show_why(answer: SiteWhyAnswer) -> None:
         because = f" ({queue.reason})" if queue.reason else ""
         asked = f"last asked {utc(queue.last_asked_at)}" if queue.last_asked_at else "never asked"
         lately = f"in {answer.window_s / 60:.0f} min: {queue.n_asked} requests of {queue.n_pilots} pilots"
-        click.echo(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {queue.n_given} jobs given")
+        say(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {queue.n_given} jobs given")
         for one in queue.refused:
             needed = f"needed {one.needed}, offered {one.offered or 'none'}"
-            click.echo(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
+            say(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
 
 
 @site.command("set")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -41,26 +40,6 @@ SHARD = ShardRow(
 )  # fmt: skip
 
 
-@pytest.fixture
-def answer_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A cluster that seems to run, and gives these answers to GET, each where its type is asked for."""
-    layout = Layout(tmp_path)
-    layout.tokens.mkdir()
-    for role in ("user", "admin"):
-        (layout.tokens / f"central.{role}").write_text("a token", encoding="utf-8")
-    monkeypatch.setattr(control, "running", lambda *_: layout)
-
-    def answer_with(*answers: msgspec.Struct) -> None:
-        by_type = {type(one): one for one in answers}
-
-        async def get(_client: Client, _path: str, _query: dict[str, Any], kind: type) -> Any:
-            return by_type[kind]
-
-        monkeypatch.setattr(Client, "get", get)
-
-    return answer_with
-
-
 def counts(missing: list[str]) -> CountsAnswer:
     states = {"finished": 77}
     shards = {"us1": 0.1, "cern1": 40.0}
@@ -83,7 +62,7 @@ def counts(missing: list[str]) -> CountsAnswer:
     ],
 )
 def test_what_is_known_is_shown_and_the_exit_code_says_whether_it_is_all(
-    words: str, known: str, missing: list[str], output: str, answer_with: Callable[..., None], tmp_path: Path
+    words: str, known: str, missing: list[str], output: str, answer_with: Callable[..., object]
 ) -> None:
     answer_with(
         counts(missing),
@@ -95,8 +74,7 @@ def test_what_is_known_is_shown_and_the_exit_code_says_whether_it_is_all(
         SiteWhyAnswer(site="BNL", window_s=300.0, queues=[], missing_shards=missing),
     )
     told = CliRunner().invoke(
-        culm, [*words.split(), *(["--hours", "24"] if words == "pile-ups" else []), "-o", output],
-        env={"CULM_DIR": str(tmp_path)},
+        culm, [*words.split(), *(["--hours", "24"] if words == "pile-ups" else []), "-o", output]
     )  # fmt: skip
     assert known in told.stdout
     assert told.stdout
@@ -125,7 +103,7 @@ def test_the_demo_succeeds_only_if_every_job_that_it_submitted_has_finished(
     missing: list[str],
     code: int,
     said: str,
-    answer_with: Callable[..., None],
+    answer_with: Callable[..., object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -146,7 +124,7 @@ def test_the_demo_succeeds_only_if_every_job_that_it_submitted_has_finished(
     monkeypatch.setattr(demo, "start", lambda *_: Layout(tmp_path))
     monkeypatch.setattr(demo, "PILOTS_PER_REGION", 0)
     monkeypatch.setattr(demo, "DEADLINE_S", 0.0)
-    told = CliRunner().invoke(culm, ["demo"], env={"CULM_DIR": str(tmp_path)})
+    told = CliRunner().invoke(culm, ["demo"])
     assert len(submitted) == 60
     assert said in told.stdout
     error = told.exception
