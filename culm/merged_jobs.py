@@ -79,10 +79,11 @@ def _newest(pages: Sequence[JobsAnswer], limit: int, missing: list[str]) -> Jobs
 
 
 def _slots_of_query(topology: Topology, query: JobsQuery) -> dict[str, list[int]]:
+    region = topology.region(query.region) if query.region else None
     if query.site:
-        slots = list(topology.site(query.site).slots)
-    elif query.region:
-        region = topology.region(query.region)
+        site = topology.site(query.site)
+        slots = list(site.slots) if query.region in {"", site.region} else []
+    elif region is not None:
         slots = [
             region.slot,
             *(s for site in topology.sites.values() if site.region == query.region for s in site.slots),

@@ -1,7 +1,6 @@
 """`culm job submit|list|show|why|history|watch|kill|retry`."""
 
 import asyncio
-import re
 import secrets
 import shlex
 import sys
@@ -32,6 +31,7 @@ from culm.wire import (
 )
 from ops.cli import exits
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, WHO, console, require_whole, router, utc
+from ops.cli.registry import by_name
 from ops.cli.text import say
 
 WATCH_S: Final = 1.0
@@ -83,7 +83,7 @@ def submit(
     try:
         spec = msgspec.convert(given | {"argv": list(argv)}, JobSpec)
     except msgspec.ValidationError as error:
-        raise ClientFault("bad_job", _by_option(str(error))) from None
+        raise ClientFault("bad_job", by_name(str(error), "--").replace("--argv:", "ARGV:")) from None
     request = SubmitRequest(idempotency_key=key or secrets.token_hex(12), jobs=[spec] * count)
 
     async def ask() -> Any:
@@ -99,14 +99,6 @@ def submit(
         click.echo(f"jobset {answer.jobset}", err=True)
         for warning in answer.warnings:
             _warn(warning, answer.ids)
-
-
-def _by_option(message: str) -> str:
-    """What msgspec says of a field, by the option that gave it."""
-    found = re.fullmatch(r"(.*) - at `\$\.([a-z_]+).*`", message)
-    if found is None:
-        return message
-    return f"{'ARGV' if found[2] == 'argv' else '--' + found[2]}: {found[1]}"
 
 
 def _warn(warning: SubmitWarning, ids: list[int | None]) -> None:

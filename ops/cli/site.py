@@ -9,12 +9,13 @@ import msgspec
 from rich.table import Table
 
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
-from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
+from culm.topology import CENTRAL, Queue, SiteRegistration, Topology, register_sites
 from culm.wire import SiteWhyAnswer
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
 from ops.cli.text import say
+from ops.cli.vo import said
 
 
 @click.group()
@@ -63,11 +64,14 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
     if output == "json":
         click.echo(msgspec.json.encode(_shown(known, name)))
         return
-    click.echo(f"{name}, region {one.region}, slots {', '.join(map(str, one.slots))}")
-    table = Table("computing queue", "status", "type", "cores", "memory MB", "walltime s", "releases", "reason")
+    where = ", ".join(f"slot {slot} on {known.place(slot).shard}" for slot in one.slots)
+    click.echo(f"{name}, region {one.region}, {where}")
+    table = Table(
+        "computing queue", "status", "type", "cores", "memory MB", "walltime s", "releases", "reason", "policy"
+    )
     for queue_name, queue in sorted(one.queues.items()):
         numbers = (str(queue.cores), str(queue.memory_mb), str(queue.walltime_s), str(len(queue.releases)))
-        table.add_row(queue_name, queue.status, queue.type, *numbers, queue.reason)
+        table.add_row(queue_name, queue.status, queue.type, *numbers, queue.reason, said(queue))
     console().print(table)
 
 
@@ -114,7 +118,11 @@ def _show_why(answer: SiteWhyAnswer) -> None:
 @DIR
 @AUTHORITY
 @OUTPUT
-@click.option("--reason", default="", help="Kept in the audit; marks a status as set by hand.")
+@click.option(
+    "--reason",
+    default="",
+    help="Kept in the audit, and with the computing queue: an import leaves its status alone.  [default: set by NAME]",
+)
 @click.argument("queue")
 @click.argument("changes", nargs=-1, required=True)
 def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
@@ -189,6 +197,10 @@ def import_sites(
     field that the file has no column for. A region nobody knows goes to the centre. May be repeated.
 
     \b
+    Columns: nickname (the computing queue), site and region; if there is no site: siteid.
+    And if it has them: status, maxtime (s), memory (MB), releases (A|B), cmtconfig. Others are named, and not used.
+
+    \b
     Examples:
       culm site import schedconfig.csv --dry-run
       culm site import schedconfig.csv --reason "catalogue of May"
@@ -202,7 +214,10 @@ def import_sites(
     told = []
     for owner, sites in sorted(by_authority.items()):
         epoch = before.epochs[owner]
-        if not dry_run:
+        if dry_run:
+            # What would be refused is refused now.
+            register_sites(before.sections[owner], sites)
+        else:
             epoch = asyncio.run(_register(folder, owner, sites, reason)).epoch
         told.append(
             {
@@ -213,6 +228,8 @@ def import_sites(
                 "epoch": epoch,
             }
         )
+    for line in found.remarks():
+        say(line, err=True)
     if output == "json":
         click.echo(msgspec.json.encode(told))
         return

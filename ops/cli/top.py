@@ -15,6 +15,7 @@ from culm.client import Client
 from culm.errors import Unavailable
 from culm.states import State
 from culm.wire import CountsAnswer, ShardsAnswer
+from ops.cli.counts import archived
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
@@ -92,7 +93,9 @@ def page(seen: Seen | None, away: str = "") -> RenderableType:
     """What is shown: as last seen, and what is missing."""
     told: list[RenderableType] = []
     if seen is not None:
-        told += [_head(seen), _regions(seen.counts), _shards(seen.shards)]
+        told += [_head(seen), _regions(seen.counts)]
+        told += [Text(archived(seen.counts))] if seen.counts.archived else []
+        told.append(_shards(seen.shards))
         missing = _missing(seen)
         if missing:
             told.append(Text(f"no answer from {', '.join(missing)}: shown as last heard", style="bold red"))
