@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from culm.states import FINAL, UNREADY, State
 from culm.wire import CauseCode, Refused
+from culm.words import counted
 
 MIN_JOBS: Final = 10
 """Fewer above the usual are no pile-up."""
@@ -174,15 +175,17 @@ def _of_ready(levels: Mapping[State, Level], window: Window, asking: Asking) -> 
         return Cause("no_pilot_asked", f"no pilot has asked in the last minutes; {last}")
     refused = asking.refused
     if refused is not None and asking.n_refused == asking.n_classes:
-        told = f"{asking.n_pilots} pilots ask, and none can take any of them; most are refused for {refused.code}"
-        told += f": needed {refused.needed}, offered {refused.offered or 'none'}"
+        told = counted(asking.n_pilots, "pilot asks", "pilots ask")
+        told += ", and none can take any of them; most are refused for "
+        told += f"{refused.code}: needed {refused.needed}, offered {refused.offered or 'none'}"
         return Cause("pilots_do_not_fit", told, refused.example)
     n_there = sum(level.n_now - level.n_last for state, level in levels.items() if state not in FINAL)
     n_came = max(0, n_there + _ended(levels))
     n_left = max(0, n_came - sum(levels[state].n_now - levels[state].n_last for state in _QUEUED & levels.keys()))
     told = f"in {_hours(window.now - window.last_at)} {n_came} jobs came and {n_left} left the queue"
     if refused is not None:
-        told += f"; {asking.n_refused} of {asking.n_classes} kinds of jobs no pilot can take ({refused.code})"
+        kinds = counted(asking.n_classes, "kind of job", "kinds of jobs")
+        told += f"; {asking.n_refused} of {kinds} no pilot can take ({refused.code})"
     return Cause("more_arrives_than_is_dispatched", told, refused.example if refused is not None else None)
 
 

@@ -17,6 +17,7 @@ from culm.matching import Offer, Requirements, matches, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
 from culm.wire import Principal, QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
+from culm.words import counted
 from shard.archive import find_archived
 from shard.askers import WINDOW_S, Askers
 from shard.classes import ClassRegistry
@@ -164,8 +165,9 @@ class Why:
             told = f"it is the next one for the pilots of {name}"
             last = self._askers.last_at(name) or None
             return Reason(code="ready_to_run", text=told, queue=name, n_ahead=0, rate_per_s=rate, since=last)
-        many = "more than 10,000" if n_ahead >= MAX_AHEAD else f"{n_ahead}"
-        told = f"{many} ready jobs rank before it for the pilots of {name}"
+        many = "more than 10,000 ready jobs rank"
+        many = many if n_ahead >= MAX_AHEAD else counted(n_ahead, "ready job ranks", "ready jobs rank")
+        told = f"{many} before it for the pilots of {name}"
         told += f"; {rate:.2f} a second were given lately" + (f", that is {n_ahead / rate:.0f} s" if rate else "")
         return Reason(code="behind_others", text=told, queue=name, n_ahead=n_ahead, rate_per_s=rate)
 

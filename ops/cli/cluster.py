@@ -142,7 +142,7 @@ def status(folder: Path, output: str) -> None:
     console().print(table)
     for authority, phase in phases.items():
         if phase != "up":
-            click.echo(f"{authority}: {phase}")
+            click.echo(f"{authority}: {phase}" + ("" if authority in alive else f" (culm up --region {authority})"))
 
 
 def _since_s(at: float, now: float) -> float:

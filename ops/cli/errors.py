@@ -8,6 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import ErrorsAnswer
+from culm.words import counted
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
@@ -47,7 +48,7 @@ def _show(answer: ErrorsAnswer, hours: int) -> None:
             table.add_row(*what, str(row.n_jobs), utc(row.last_at), str(row.example))
         console().print(table)
     else:
-        click.echo(f"no job failed in the last {hours} hours")
+        click.echo(f"no job failed in the last {counted(hours, 'hour')}")
     if answer.n_left_out:
-        told = f"not shown: {answer.n_jobs_left_out} more jobs, of up to {answer.n_left_out} rarer errors"
-        click.echo(told, err=True)
+        jobs, kinds = counted(answer.n_jobs_left_out, "more job"), counted(answer.n_left_out, "rarer error")
+        click.echo(f"not shown: {jobs}, of up to {kinds}", err=True)

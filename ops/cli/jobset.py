@@ -9,6 +9,7 @@ import msgspec
 
 from culm.errors import ClientFault
 from culm.wire import JobRow, JobsQuery
+from culm.words import counted
 from ops.cli.job import ID
 from ops.cli.job import kill as kill_jobs
 from ops.cli.job import retry as retry_jobs
@@ -44,11 +45,11 @@ def show(folder: Path, authority: str, output: str, number: int) -> None:
         raise ClientFault("unknown_jobset", f"no job of jobset {number} is known", http_status=404)
     states = Counter(row.state.value for row in rows)
     if output == "json":
-        told = {"jobset": number, "n_jobs": len(rows), "states": states, "missing_shards": missing}
-        click.echo(msgspec.json.encode(told))
+        as_json = {"jobset": number, "n_jobs": len(rows), "states": states, "missing_shards": missing}
+        click.echo(msgspec.json.encode(as_json))
     else:
-        counted = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none"
-        click.echo(f"jobset {number}, {len(rows)} jobs: {counted}")
+        told = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none"
+        click.echo(f"jobset {number}, {counted(len(rows), 'job')}: {told}")
     require_whole(missing)
 
 

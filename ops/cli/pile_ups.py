@@ -8,6 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PileUpsAnswer
+from culm.words import counted
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole
 
 
@@ -48,7 +49,7 @@ def _show(answer: PileUpsAnswer, hours: int) -> None:
             table.add_row(row.site, row.region, row.state, *numbers, f"{row.cause}: {row.text}", example)
         console().print(table)
     else:
-        click.echo(f"no state grows against the last {hours} hours")
+        click.echo(f"no state grows against the last {counted(hours, 'hour')}")
     for shard, n_samples in answer.n_samples.items():
         if not n_samples:
             click.echo(f"{shard} has no sample of an hour before this one yet: it cannot say", err=True)

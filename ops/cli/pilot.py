@@ -10,6 +10,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PilotsAnswer
+from culm.words import counted
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 from ops.cluster import control
 from ops.pilot_zipapp import build as build_zipapp
@@ -107,6 +108,6 @@ def _show(answer: PilotsAnswer, minutes: int) -> None:
             table.add_row(row.id, row.host, row.site, row.queue, utc(row.last_at), *numbers, last)
         console().print(table)
     else:
-        click.echo(f"no pilot asked in the last {minutes} minutes")
+        click.echo(f"no pilot asked in the last {counted(minutes, 'minute')}")
     if answer.n_left_out:
         click.echo(f"at least {answer.n_left_out} more are not shown (--limit)", err=True)

@@ -17,6 +17,8 @@ from ops.cli.options import router
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
+MIN_TIMEOUT_S: Final = 1.0
+"""Of what an operator types: no pilot gives signs of life more often."""
 SETTLE_S: Final = 10.0
 """How long the other authorities' routers may take to see a change."""
 
@@ -45,7 +47,12 @@ def fields(changes: Iterable[str], kind: type[Policy], code: str) -> dict[str, A
         described = msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         raise ClientFault(code, by_name(str(error), "")) from None
-    return {name: getattr(described, name) for name in given}
+    values = {name: getattr(described, name) for name in given}
+    for name, value in values.items():
+        if isinstance(value, float) and 0 < value < MIN_TIMEOUT_S:
+            told = f"{name}: {value:g} s is less than {MIN_TIMEOUT_S:g}: every such job would be taken for lost"
+            raise ClientFault(code, f"{told} (0 says nothing of it)")
+    return values
 
 
 def by_name(message: str, before: str) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology, register_sites
 from culm.wire import SiteWhyAnswer
+from culm.words import counted
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
@@ -107,11 +108,13 @@ def _show_why(answer: SiteWhyAnswer) -> None:
     for queue in answer.queues:
         because = f" ({queue.reason})" if queue.reason else ""
         asked = f"last asked {utc(queue.last_asked_at)}" if queue.last_asked_at else "never asked"
-        lately = f"in {answer.window_s / 60:.0f} min: {queue.n_asked} requests of {queue.n_pilots} pilots"
-        say(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {queue.n_given} jobs given")
+        asking = f"{counted(queue.n_asked, 'request')} of {counted(queue.n_pilots, 'pilot')}"
+        lately = f"in {answer.window_s / 60:.0f} min: {asking}"
+        say(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {counted(queue.n_given, 'job')} given")
         for one in queue.refused:
             needed = f"needed {one.needed}, offered {one.offered or 'none'}"
-            say(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
+            kinds = counted(one.n_classes, "kind of job", "kinds of jobs")
+            say(f"  {one.code}: {needed}; {kinds}, such as {one.example}")
 
 
 @site.command("set")
@@ -211,7 +214,7 @@ def import_sites(
     for one in found.over(before.sites):
         owner = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
         by_authority.setdefault(owner, []).append(one)
-    told = []
+    told: list[dict[str, Any]] = []
     for owner, sites in sorted(by_authority.items()):
         epoch = before.epochs[owner]
         if dry_run:
@@ -235,7 +238,8 @@ def import_sites(
         return
     for row in told:
         click.echo(
-            "{authority}: {sites} sites ({new_sites} new), {queues} computing queues, epoch {epoch}".format(**row)
+            f"{row['authority']}: {counted(row['sites'], 'site')} ({row['new_sites']} new), "
+            f"{counted(row['queues'], 'computing queue')}, epoch {row['epoch']}"
         )
 
 

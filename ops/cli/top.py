@@ -15,6 +15,7 @@ from culm.client import Client
 from culm.errors import Unavailable
 from culm.states import State
 from culm.wire import CountsAnswer, ShardsAnswer
+from culm.words import counted
 from ops.cli.counts import archived
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
@@ -111,7 +112,7 @@ def _missing(seen: Seen) -> list[str]:
 def _head(seen: Seen) -> Text:
     rates = [row.dispatched_per_s for row in seen.shards.shards if row.answers and row.dispatched_per_s is not None]
     rate = f"{sum(rates):.2f} jobs/s dispatched (mean of the last minutes)" if rates else "dispatch rate not known"
-    return Text(f"culm top, {utc(seen.at)}; {sum(seen.counts.total.values())} jobs, {rate}")
+    return Text(f"culm top, {utc(seen.at)}; {counted(sum(seen.counts.total.values()), 'job')}, {rate}")
 
 
 def _regions(counts: CountsAnswer) -> Table:

@@ -126,7 +126,7 @@ async def test_accounts_that_are_not_shown_are_said(
     async with browser(url, router, ADMIN) as session:
         page = await shown(session, f"{url}/")
         assert re.search(r'<td class="n">at least 1</td>', page)
-        assert "Not shown: at least 1 more accounts." in page
+        assert "Not shown: at least 1 more account." in page
     async with Client(url, router.token(ADMIN), patience_s=0.0) as client:
         counted = await client.counts()
         assert (counted.owners_at_least, counted.n_owners_left_out, len(counted.active_by_owner)) == (True, 1, 1)
@@ -139,7 +139,7 @@ async def test_rare_errors_that_are_not_shown_are_said(
     for code in (1213, 1213, 1099):
         await fail_one(router, "BNL", f"fails with {code}" + secrets.token_hex(4), code)
     async with browser(url, router, ADMIN) as session:
-        assert "Not shown: 1 more jobs, of up to 1 rarer errors." in await shown(session, f"{url}/errors")
+        assert "Not shown: 1 more job, of up to 1 rarer error." in await shown(session, f"{url}/errors")
     async with Client(url, router.token(USER), patience_s=0.0) as client:
         answer: ErrorsAnswer = await client.errors(1)
         assert ([row.code for row in answer.errors], answer.n_left_out, answer.n_jobs_left_out) == ([1213], 1, 1)

@@ -24,7 +24,8 @@ from culm.wire import (
     SiteWhyAnswer,
     SubmitAnswer,
 )
-from ops.cli import culm, demo, exits
+from ops.audit import AuditReport, Finding
+from ops.cli import audit, culm, demo, exits
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
@@ -129,3 +130,24 @@ def test_the_demo_succeeds_only_if_every_job_that_it_submitted_has_finished(
     assert said in told.stdout
     error = told.exception
     assert (exits.of(error) if isinstance(error, Unavailable) else told.exit_code) == code, error
+
+
+# --- the audit
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+@pytest.mark.parametrize(
+    ("findings", "missing", "code"),
+    [(0, {}, 0), (1, {}, exits.FINDINGS), (0, {"cern1": "no such socket"}, exits.UNAVAILABLE),
+     (1, {"cern1": "no such socket"}, exits.FINDINGS)],
+)  # fmt: skip
+def test_an_audit_without_a_shard_is_none_of_all(
+    findings: int, missing: dict[str, str], code: int, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Finding(invariant="I1", rule="r", shard="us1", subject=7, text="x")] * findings
+    report = AuditReport(n_jobs=77, states={"finished": 77}, shards=["us1"], findings=found, missing_shards=missing)
+    monkeypatch.setattr(audit, "run", lambda *_: report)
+    told = CliRunner().invoke(culm, ["audit", "-o", output])
+    assert "77" in told.stdout
+    assert ("cern1 was not audited: no such socket" in told.stderr) is bool(missing)
+    assert (exits.of(told.exception) if isinstance(told.exception, Unavailable) else told.exit_code) == code

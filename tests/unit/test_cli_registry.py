@@ -76,6 +76,7 @@ def test_no_policy_is_said_in_words_and_numbers_are_plain(known: Answer) -> None
     [
         (("vo", "set", "x", "heartbeat_s=10", "heartbeat_s=20"), "bad_vo", "heartbeat_s is given twice"),
         (("vo", "set", "x", "heartbeat_s=-1"), "bad_vo", "heartbeat_s: Expected `float` >= 0"),
+        (("vo", "set", "x", "heartbeat_s=0.001"), "bad_vo", "heartbeat_s: 0.001 s is less than 1"),
         (("site", "set", "BNL-q", "cores=0"), "bad_queue", "cores: Expected `int` >= 1"),
         (("user", "ban", "bob", "--reason", "x"), "bad_account", "'bob' is not AUTHORITY:SUBJECT"),
         (("user", "ban", "central:", "--reason", "x"), "bad_account", "is not AUTHORITY:SUBJECT"),
@@ -120,7 +121,7 @@ def test_an_import_says_what_it_does_not_use(known: Answer, tmp_path: Path) -> N
     path = tmp_path / "sites.csv"
     path.write_text("nickname,site,region,cores\nX-q,X,US,8\n", encoding="utf-8")
     told = run("site", "import", str(path), "--dry-run")
-    assert "1 sites (1 new), 1 computing queues" in told.stdout
+    assert "1 site (1 new), 1 computing queue, epoch 2" in told.stdout
     assert "columns that are not used: cores" in told.stderr
     assert "no column `status`" in told.stderr
     for column in ("nickname", "siteid", "maxtime", "cmtconfig"):
