@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from prometheus_client import Counter, Gauge
-
 from culm.errors import CulmError, Unavailable
 from culm.states import LEASED, PILOT_EVENTS, TRANSITIONS, Event, State
+from culm.telemetry import SHED
 from culm.wire import HeartbeatAnswer, ReportAnswer, ShardHeartbeat, ShardReport
 from shard.database import Database, Step, Transaction, for_rows
 from shard.driver import DuplicateKeyError
 from shard.hints import Hint, Notices
-from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, Lifecycle, holds
+from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, REPORTED, Lifecycle, holds
+from shard.metrics import SIGN_BATCHES, SIGNS_PENDING
 from shard.ownership import Ownership
-from shard.transitions import Change, Job, Lease, happenings, job_of, writes
+from shard.transitions import Change, Job, Lease, job_of, note, writes
 
 N_WORKERS: Final = 2
 MAX_BATCH: Final = 128
@@ -35,8 +35,7 @@ MAX_PER_JOB: Final = 16
 """Words about one job that wait for the one before: a pilot has one under way, a second after a lost answer."""
 STOP_S: Final = 10.0
 
-_BATCHES: Final = Counter("culm_sign_batches_total", "Transactions of heartbeats and reports")
-_PENDING: Final = Gauge("culm_pending_signs", "Heartbeats and reports that wait for a transaction")
+_FULL: Final = SHED.labels("signs")
 
 log = logging.getLogger("shard.signs")
 
@@ -105,12 +104,13 @@ class Signs:
         if isinstance(call, ShardHeartbeat):
             plain = request.state in HEARTBEAT_STATES
         else:
-            plain = call.request.event is None and request.state in PILOT_EVENTS and bool(request.lease_token)
+            plain = call.request.event is None and request.state in REPORTED and bool(request.lease_token)
         if not plain or not self._workers or not self._ownership.holds([call.at]):
             return None
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
         if len(self._pending) + self._n_behind >= MAX_PENDING:
+            _FULL.inc()
             raise Unavailable("overloaded", "too many heartbeats and reports are waiting")
         sign = _Sign(call, asyncio.get_running_loop().create_future())
         behind = self._behind.get(request.id)
@@ -119,6 +119,7 @@ class Signs:
             self._pending.append(sign)
             self._arrived.set()
         elif len(behind) >= MAX_PER_JOB:
+            _FULL.inc()
             raise Unavailable("overloaded", f"too many heartbeats and reports of job {request.id} are waiting")
         else:
             behind.append(sign)
@@ -143,7 +144,7 @@ class Signs:
                 batch.append(sign)
         if not self._pending:
             self._arrived.clear()
-        _PENDING.set(len(self._pending) + self._n_behind)
+        SIGNS_PENDING.set(len(self._pending) + self._n_behind)
         return batch
 
     async def _serve(self, batch: list[_Sign]) -> None:
@@ -151,7 +152,7 @@ class Signs:
         answers: dict[_Sign, Answer] = {}
         try:
             answers, hints = await self._database.run("write", partial(self._apply, batch=batch))
-            _BATCHES.inc()
+            SIGN_BATCHES.inc()
             await self._notices.announce(hints)
         except (CulmError, DuplicateKeyError) as error:
             # Each for itself finds out whose fault it is, and the others are none the worse for it.
@@ -221,7 +222,7 @@ class Signs:
         if plan.reports:
             steps.append(for_rows("insert_reports", plan.reports))
         await tx.together(steps)
-        tx.happened += happenings(plan.changes)
+        note(tx, plan.changes)
         return plan.answers, [change.job.hint for change in plan.changes if change.target is State.ACTIVATED]
 
     def _plan(
@@ -264,6 +265,8 @@ class Signs:
         event = PILOT_EVENTS[call.request.state]
         if event is Event.RELEASE and job.cancel_requested:
             event = Event.CANCEL
+        if event is Event.RELEASE and not self._lifecycle.is_free(job):
+            return
         change, request = self._lifecycle.reported(call, job, event)
         plan.changes.append(change)
         if change.target not in LEASED:

@@ -77,9 +77,11 @@ SELECT DISTINCT slot, class_id FROM ready
 -- name: read_classes
 { UNION ALL |(SELECT slot, class_id, body FROM requirement_class WHERE slot = %s AND class_id = %s)}
 
+-- A large payload is left out: who grants the job reads it then (specs_of).
 -- name: read_claimed
 SELECT job.id, job.slot, job.class_id, job.state, job.version, job.attempt, job.lost, job.max_attempts, job.priority,
-    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo, spec.body
+    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo,
+    IF(LENGTH(spec.body) <= %s, spec.body, NULL), LENGTH(spec.body)
 FROM job JOIN spec ON spec.id = job.id WHERE job.id IN %s
 
 -- name: insert_leases
@@ -192,10 +194,16 @@ UPDATE lease FORCE INDEX (PRIMARY) SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), I
 -- ---- report, release, reaper
 
 -- name: find_report
-SELECT token, state FROM report WHERE id = %s AND attempt = %s
+SELECT token, state, body FROM report WHERE id = %s AND attempt = %s
 
 -- name: find_event
 SELECT n FROM job_event WHERE id = %s AND event = %s LIMIT 1
+
+-- name: find_event_of_attempt
+SELECT n FROM job_event WHERE id = %s AND event = %s AND attempt = %s LIMIT 1
+
+-- name: count_events_of
+SELECT COUNT(*) FROM job_event WHERE id = %s AND event = %s AND detail LIKE %s
 
 -- name: insert_report
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
@@ -221,6 +229,11 @@ FOR UPDATE SKIP LOCKED
 -- Where a stretch of ready jobs ends. What is old in it: no index has the age, so the caller bounds the stretch.
 -- name: stop_ready_by_id
 SELECT id FROM ready FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
+
+-- The ready job with the lowest number of each of several slots, and how long it has been ready.
+-- name: oldest_ready
+{ UNION ALL |(SELECT slot, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)) FROM ready FORCE INDEX (PRIMARY)
+    WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1)}
 
 -- name: old_ready
 SELECT id, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)), class_id

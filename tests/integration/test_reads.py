@@ -247,7 +247,7 @@ async def test_slow_reads_of_people_hold_up_nobody_else(both: Servers) -> None:
 
 
 async def _occupy(shard: Partition) -> None:
-    await shard.shard.database.run("user", lambda tx: tx._run("SELECT SLEEP(30) FROM slot", ()))
+    await shard.shard.database.run("user", lambda tx: tx._run("x", "SELECT SLEEP(30) FROM slot", ()))
 
 
 async def test_errors_and_accounts_beyond_the_bound_are_said(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
