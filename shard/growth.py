@@ -81,7 +81,7 @@ class Asking:
     n_classes: int = 0
     """Requirement classes with ready jobs."""
     n_refused: int = 0
-    """Those of them that no pilot which asked lately can take."""
+    """Those of them that no pilot which asked lately can take; if none did: no computing queue offers enough for."""
     refused: Refused | None = None
     """What most of those are refused for."""
 
@@ -170,13 +170,15 @@ def _of_ready(levels: Mapping[State, Level], window: Window, asking: Asking) -> 
     if asking.n_offline == asking.n_queues:
         because = f": {asking.reason}" if asking.reason else ""
         return Cause("site_offline", f"every computing queue where they may run is offline{because}")
-    if not asking.n_asked:
+    refused = asking.refused
+    none_fits = refused is not None and asking.n_refused == asking.n_classes
+    if not asking.n_asked and not none_fits:
         last = f"the last one {_hours(window.now - asking.last_at)} ago" if asking.last_at else "none ever did"
         return Cause("no_pilot_asked", f"no pilot has asked in the last minutes; {last}")
-    refused = asking.refused
-    if refused is not None and asking.n_refused == asking.n_classes:
-        told = counted(asking.n_pilots, "pilot asks", "pilots ask")
-        told += ", and none can take any of them; most are refused for "
+    if refused is not None and none_fits:
+        asked = counted(asking.n_pilots, "pilot asks", "pilots ask") + ", and none can take any of them"
+        told = asked if asking.n_asked else "no computing queue offers what any of them needs, and no pilot asks"
+        told += "; most are refused for "
         told += f"{refused.code}: needed {refused.needed}, offered {refused.offered or 'none'}"
         return Cause("pilots_do_not_fit", told, refused.example)
     n_there = sum(level.n_now - level.n_last for state, level in levels.items() if state not in FINAL)

@@ -5,7 +5,7 @@ fits, the job waits its turn, and that is the whole answer; else each computing 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 from shard.growth import Asking
 from shard.hints import ClassKey
-from shard.obstacles import NO_QUEUE, Obstacles
+from shard.obstacles import NO_QUEUE, Obstacles, widest
 from shard.pauses import Pauses
 
 MAX_AHEAD: Final = 10_000
@@ -106,6 +106,8 @@ class Why:
     async def asking(self, topology: Topology, slot: int, who: Principal) -> Asking:
         """What is known of the pilots that may take from a slot; a user's are held against jobs of his VO.
 
+        Where none has asked lately the jobs are held against the best that its computing queues allow.
+
         Raises Unavailable. Safe to retry: yes.
         """
         queues, askers = self._obstacles.queues(topology, slot), self._askers
@@ -114,7 +116,10 @@ class Why:
         each = max(1, MAX_OFFERS // max(1, len(asking)))
         offers = [offer for name in asking for offer in askers.offers(name)[:each]][:MAX_OFFERS]
         seen = self._visible([key for key in self._classes.active() if key.slot == slot], who)
-        n_refused, refused = await _refused(seen, offers)
+        best = {name: queues[name] for name in online} if not offers and len(online) <= MAX_OFFERS else {}
+        n_refused, refused = await _refused(
+            seen, lambda needs: offers or [widest(name, queue, needs) for name, queue in best.items()]
+        )
         n_pilots, pauses = 0, Pauses()
         for name in online:
             n_pilots += askers.n_pilots(name)
@@ -175,7 +180,8 @@ class Why:
 
     async def _of_queue(self, name: str, queue: Queue, seen: Sequence[tuple[ClassKey, Requirements]]) -> QueueWhy:
         askers, offers = self._askers, self._askers.offers(name)
-        _, refused = await _refused(seen, offers)
+        # Before a pilot has asked: what the computing queue itself cannot give to any.
+        _, refused = await _refused(seen, lambda needs: offers or [widest(name, queue, needs)])
         told = [await self._told(*item) for item in sorted(refused.items())]
         return QueueWhy(
             queue=name,
@@ -210,14 +216,15 @@ class Why:
 
 
 async def _refused(
-    seen: Iterable[tuple[ClassKey, Requirements]], offers: Sequence[Offer]
+    seen: Iterable[tuple[ClassKey, Requirements]], offers_for: Callable[[Requirements], Sequence[Offer]]
 ) -> tuple[int, dict[_What, list[ClassKey]]]:
-    """How many classes fit none of these offers, and those by what keeps them from the offer that is nearest."""
+    """How many classes fit none of the offers for them, and those by what keeps them from the offer that is nearest."""
     n_refused, refused = 0, dict[_What, list[ClassKey]]()
     pauses = Pauses()
-    for key, needs in seen if offers else ():
-        await pauses.after(len(offers))
-        if not any(matches(needs, offer) for offer in offers):
+    for key, needs in seen:
+        offers = offers_for(needs)
+        await pauses.after(1 + len(offers))
+        if offers and not any(matches(needs, offer) for offer in offers):
             n_refused += 1
             for one in min((refusals(needs, offer) for offer in offers), key=len):
                 refused.setdefault((one.reason, one.needed, one.offered), []).append(key)

@@ -30,7 +30,7 @@ from culm.wire import (
     SubmitWarning,
 )
 from ops.cli import exits
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, WHO, console, require_whole, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, WHO, acts_by_default, console, require_whole, router, utc
 from ops.cli.registry import by_name
 from ops.cli.text import say
 
@@ -158,6 +158,8 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
 def _show_page(page: JobsAnswer) -> None:
     if not page.jobs:
         click.echo("no jobs" + ("" if not page.missing_shards else " on the shards that answered"))
+        if acts_by_default():
+            click.echo("the user demo sees jobs of VO demo; --as admin sees those of all", err=True)
     else:
         console().print(_table(page.jobs))
     if page.next is not None:

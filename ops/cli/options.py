@@ -128,6 +128,12 @@ def _token_in(path: Path, advice: str) -> str:
     return text
 
 
+def acts_by_default() -> bool:
+    """Whether the options of WHO were left as they are."""
+    said = click.get_current_context().meta
+    return said.get("culm.token_file") is None and said.get("culm.role") == "user"
+
+
 def router(folder: Path, role: str = "user", *, authority: str = CENTRAL) -> Client:
     """A client of an authority's router; a "user" is who the options of WHO say. Raises Unavailable(not_running)."""
     url = control.running(folder, authority).router_url

@@ -20,6 +20,8 @@ from culm.wire import (
     ShardArchiveAnswer,
     ShardPileUps,
     ShardPileUpsAnswer,
+    ShardSiteWhy,
+    SiteWhyAnswer,
     SlotPileUp,
 )
 from shard import pile_ups
@@ -231,7 +233,7 @@ async def test_ready_jobs_grow_and_no_pilot_asks_or_none_fits_or_more_comes_than
     await quiet_hour(shard)
     ids = await shard.submit(*[job(memory_mb=4000)] * N_JOBS)
     found = await the_pile_up(shard)
-    assert (found.state, found.cause) == (State.ACTIVATED, "no_pilot_asked")
+    assert (found.state, found.cause) == (State.ACTIVATED, "no_pilot_asked"), found.text
     assert "none ever did" in found.text
 
     async with world_at(shard) as world:
@@ -249,6 +251,20 @@ async def test_ready_jobs_grow_and_no_pilot_asks_or_none_fits_or_more_comes_than
         found = await the_pile_up(shard)
         assert found.cause == "more_arrives_than_is_dispatched"
         assert f"{N_JOBS + 10} jobs came and 1 left" in found.text
+
+
+async def test_ready_jobs_grow_that_no_computing_queue_offers_enough_for(shard: Partition) -> None:
+    await quiet_hour(shard)
+    ids = await shard.submit(*[job(cores=64)] * N_JOBS)
+    found = await the_pile_up(shard)
+    assert (found.cause, found.example) == ("pilots_do_not_fit", ids[0])
+    assert "no computing queue offers what any of them needs" in found.text
+    assert "too_few_cores: needed 64" in found.text
+    [queue] = (await shard.ask("site_why", ShardSiteWhy(principal=ADMIN, site="BNL"), SiteWhyAnswer)).queues
+    assert [(one.code, one.example) for one in queue.refused] == [("too_few_cores", ids[0])]
+    # One more that fits: a pilot would get something.
+    await shard.submit(job())
+    assert (await the_pile_up(shard)).cause == "no_pilot_asked"
 
 
 async def test_ready_jobs_grow_where_the_site_is_offline(shard: Partition) -> None:

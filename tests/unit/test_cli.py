@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -247,6 +248,14 @@ def test_ctrl_c_has_an_exit_code_of_its_own(tmp_path: Path, monkeypatch: pytest.
     told = _run("status", folder=tmp_path)
     assert isinstance(told.exception, CulmError)
     assert exits.of(told.exception) == exits.INTERRUPTED
+
+
+def test_a_cluster_that_is_refused_its_port_leaves_no_folder(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        folder = tmp_path / "second"
+        told = _run("up", "--port", str(min(busy.getsockname()[1], 65532)), folder=folder)
+    assert isinstance(told.exception, Conflict)
+    assert (told.exception.code, folder.exists()) == ("port_busy", False)
 
 
 def test_status_without_a_cluster_is_told_as_json_too(tmp_path: Path) -> None:

@@ -171,11 +171,13 @@ def test_jobs_are_read_as_user_demo_or_as_an_admin_or_with_a_token_of_ones_own(
 ) -> None:
     own = tmp_path / "ann"
     own.write_text("anns.own.token", encoding="utf-8")
-    run("job", "list")
-    run("job", "list", "--as", "admin")
-    run("job", "list", "--token-file", str(own))
+    plain = run("job", "list")
+    admin = run("job", "list", "--as", "admin")
+    own_one = run("job", "list", "--token-file", str(own))
     monkeypatch.setenv("CULM_TOKEN_FILE", str(own))
     run("job", "list", "--as", "admin")
+    hint = "--as admin sees those of all"
+    assert [hint in told.stderr for told in (plain, admin, own_one)] == [True, False, False]
     assert tokens == ["the.user.token", "the.admin.token", "anns.own.token", "anns.own.token"]
 
 

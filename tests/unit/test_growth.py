@@ -105,6 +105,12 @@ def why(state: State, seen: Evidence = Evidence(), **levels: Level) -> Cause:  #
         (Asking(n_queues=2, n_offline=1), "no_pilot_asked", "none ever did"),
         (Asking(n_queues=1, last_at=3 * HOUR), "no_pilot_asked", "the last one 2.0 h ago"),
         (
+            Asking(n_queues=1, n_classes=2, n_refused=2, refused=REFUSED),
+            "pilots_do_not_fit",
+            "no computing queue offers what any of them needs, and no pilot asks; most are refused for too_little",
+        ),
+        (Asking(n_queues=1, n_classes=3, n_refused=2, refused=REFUSED), "no_pilot_asked", "none ever did"),
+        (
             Asking(n_queues=1, n_asked=9, n_pilots=3, n_classes=2, n_refused=2, refused=REFUSED),
             "pilots_do_not_fit",
             "3 pilots ask, and none can take any of them; most are refused for too_little_memory_mb: needed 4000",
@@ -121,7 +127,7 @@ def test_ready_jobs_wait_for_what_is_known_of_the_pilots(asking: Asking, code: s
     told = why(State.ACTIVATED, Evidence(asking=asking))
     assert told.code == code
     assert said in told.text
-    assert told.example == (77 if asking.refused else None)
+    assert told.example == (77 if asking.refused and code != "no_pilot_asked" else None)
 
 
 def test_what_came_and_what_left_are_counted_over_all_states() -> None:
