@@ -311,8 +311,10 @@ def watch(
                 for row in rows:
                     before = seen.get(row.id)
                     if before is None or before.state is not row.state:
-                        line = f"{utc(row.modified_at)} {row.id} {row.state.value} {row.host}".rstrip()
-                        say(msgspec.json.encode(row).decode() if output == "json" else line)
+                        if output == "json":
+                            click.echo(msgspec.json.encode(row))
+                        else:
+                            say(f"{utc(row.modified_at)} {row.id} {row.state.value} {row.host}".rstrip())
                     seen[row.id] = row
                 if all(row.state in FINAL for row in seen.values()):
                     return seen

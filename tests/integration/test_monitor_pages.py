@@ -88,6 +88,17 @@ async def test_every_page_is_there_from_the_empty_state_on(url: str, router: Run
         assert "No pilot asked" in await shown(session, f"{url}/pilots")
 
 
+async def test_a_browser_is_shown_a_page_for_a_path_that_is_none(url: str) -> None:
+    accept = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/job/1", headers=accept) as answer:
+            assert (answer.status, answer.content_type) == (404, "text/html")
+            assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+            assert "(unknown_path)" in await answer.text()
+        async with session.get(f"{url}/job/1") as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (404, "unknown_path")
+
+
 async def test_what_jobs_say_is_shown_as_text(url: str, router: RunningFront) -> None:
     identifier = await fail_one(router, "BNL", EVIL)
     async with browser(url, router) as session:

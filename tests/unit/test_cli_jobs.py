@@ -1,5 +1,6 @@
 """`culm job` and `culm jobset`: what is said, by which option a fault is named, and with whose token."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,12 @@ def test_a_job_is_shown_with_its_jobset_vo_name_and_payload(answer_with: Answer)
     assert "attempt 1: cancelled\n" in told
     answer_with(view(spec=JobSpec(shell="sleep 1; date")))
     assert "runs: sleep 1; date" in run("job", "show", "7").stdout
+
+
+def test_what_a_watch_says_as_json_is_json_whatever_is_in_it(answer_with: Answer) -> None:
+    answer_with(view(job=msgspec.structs.replace(ROW, host="node\x9b\x1b[2J")))
+    assert json.loads(run("job", "watch", "7", "-o", "json").stdout)["host"] == "node\x9b\x1b[2J"
+    assert r"finished node\x9b\x1b[2J" in run("job", "watch", "7").stdout
 
 
 def test_a_list_shows_names(answer_with: Answer) -> None:
