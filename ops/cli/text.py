@@ -4,7 +4,7 @@ import re
 from typing import Any, Final
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -39,7 +39,7 @@ class Plain(Console):
 
         An id that was cut off would be of no use.
         """
-        for one in objects:
+        for one in (part for one in objects for part in (one.renderables if isinstance(one, Group) else [one])):
             if isinstance(one, Table):
                 for column in one.columns:
                     column.no_wrap = not any(isinstance(cell, str) and " " in cell for cell in column.cells)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Group
 from rich.table import Table
 
 from culm.errors import ClientFault
@@ -44,12 +45,13 @@ def test_a_table_shows_names_as_they_are_and_obeys_none() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 80])
-def test_an_id_is_whole_however_narrow_the_terminal_is(width: int) -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_id_is_whole_however_narrow_the_terminal_is(width: int, *, grouped: bool) -> None:
     table = Table("id", "state", "owner", "text")
     identifiers = [str(1_099_511_627_787 + n) for n in range(3)]
     for identifier in identifiers:
         table.add_row(identifier, "transferring", "central:somebody", "words that may be on several lines " * 3)
-    told = _printed(table, width=width)
+    told = _printed(Group("a heading", table) if grouped else table, width=width)
     assert all(identifier in told for identifier in identifiers)
     assert "transferring" in told
     assert "…" not in told
