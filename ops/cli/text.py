@@ -1,6 +1,7 @@
 """What others have written, for a terminal: shown as it is, and obeyed nowhere."""
 
 import re
+from itertools import chain
 from typing import Any, Final
 
 import click
@@ -39,7 +40,8 @@ class Plain(Console):
 
         An id that was cut off would be of no use.
         """
-        for one in (part for one in objects for part in (one.renderables if isinstance(one, Group) else [one])):
+        parts = chain.from_iterable(one.renderables if isinstance(one, Group) else [one] for one in objects)
+        for one in parts:
             if isinstance(one, Table):
                 for column in one.columns:
                     column.no_wrap = not any(isinstance(cell, str) and " " in cell for cell in column.cells)
