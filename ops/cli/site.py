@@ -1,13 +1,17 @@
 """`culm site import|list|show|set`, `culm topology show`."""
 
 import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
 from rich.table import Table
 
+from culm.errors import Conflict
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology, register_sites
 from culm.wire import SiteWhyAnswer
@@ -17,6 +21,10 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, rout
 from ops.cli.registry import fields, settle, topology_of
 from ops.cli.text import say
 from ops.cli.vo import said
+
+PATIENCE_S: Final = 10.0
+"""How long a change is made anew while others change the same section."""
+POLL_S: Final = 0.1
 
 
 @click.group()
@@ -169,15 +177,25 @@ def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue:
 def add(folder: Path, *, authority: str, output: str, region: str, reason: str, name: str, **many: Any) -> None:
     """Register site NAME with its computing queues; FIELD=VALUE are what each queue offers. May be repeated.
 
+    Of a computing queue that is known only the fields that are named are changed.
+
     \b
     Examples:
       culm site add TOKYO --region ASIA
       culm site add TOKYO --region ASIA --queue TOKYO-short --queue TOKYO-long memory_mb=8000 cores=8
     """
-    described = Queue(**fields(many["fields"], Queue, "bad_queue"))
-    queues = dict.fromkeys(many["queues"] or (f"{name}-q",), described)
-    site = SiteRegistration(name=name, region=region, queues=queues)
-    answer = asyncio.run(_register(folder, authority, [site], reason))
+    given = fields(many["fields"], Queue, "bad_queue")
+
+    def made(before: Topology) -> list[SiteRegistration]:
+        known = before.sites[name].queues if name in before.sites else {}
+        # No reason: a status that an operator gave one for is kept where it is registered.
+        queues = {
+            queue: msgspec.structs.replace(known.get(queue, Queue()), **({"reason": ""} | given))
+            for queue in many["queues"] or (f"{name}-q",)
+        }
+        return [SiteRegistration(name=name, region=region, queues=queues)]
+
+    answer = _register(folder, authority, made, reason)
     if output == "json":
         click.echo(msgspec.json.encode(answer))
     else:
@@ -210,18 +228,19 @@ def import_sites(
     """
     found = catalogue.read(catalogue_file)
     before = topology_of(folder, authority)
-    by_authority: dict[str, list[SiteRegistration]] = {}
-    for one in found.over(before.sites):
-        owner = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
-        by_authority.setdefault(owner, []).append(one)
+
+    def of(owner: str, known: Topology) -> list[SiteRegistration]:
+        return [one for one in found.over(known.sites) if _owner(one, before) == owner]
+
     told: list[dict[str, Any]] = []
-    for owner, sites in sorted(by_authority.items()):
+    for owner in sorted({_owner(one, before) for one in found.sites}):
+        sites = of(owner, before)
         epoch = before.epochs[owner]
         if dry_run:
             # What would be refused is refused now.
             register_sites(before.sections[owner], sites)
         else:
-            epoch = asyncio.run(_register(folder, owner, sites, reason)).epoch
+            epoch = _register(folder, owner, partial(of, owner), reason).epoch
         told.append(
             {
                 "authority": owner,
@@ -251,8 +270,28 @@ def _shown(known: Topology, name: str) -> dict[str, Any]:
     return {"region": one.region, "slots": one.slots, "shards": shards, "queues": queues}
 
 
-async def _register(folder: Path, authority: str, sites: list[SiteRegistration], reason: str) -> ChangedAnswer:
+def _owner(site: SiteRegistration, known: Topology) -> str:
+    return known.authority_of_region(site.region) if site.region in known.regions else CENTRAL
+
+
+def _register(
+    folder: Path, authority: str, made: Callable[[Topology], list[SiteRegistration]], reason: str
+) -> ChangedAnswer:
+    """Register what is `made` from the topology as it is: made anew where somebody else has changed it meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        known = topology_of(folder, authority)
+        request = SitesRequest(sites=made(known), reason=reason, expected_epoch=known.epochs.get(authority))
+        try:
+            return asyncio.run(_post(folder, authority, request))
+        except Conflict as error:
+            if error.code != "epoch_changed" or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
+
+
+async def _post(folder: Path, authority: str, request: SitesRequest) -> ChangedAnswer:
     async with router(folder, "admin", authority=authority) as client:
-        answer = await client.post("sites", SitesRequest(sites=sites, reason=reason), ChangedAnswer)
+        answer = await client.post("sites", request, ChangedAnswer)
     await settle(folder, answer)
     return answer

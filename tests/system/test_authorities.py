@@ -83,7 +83,8 @@ async def test_cern_starts_alone_goes_on_alone_and_returns(own: Path) -> None:
 
     eventually_sync(shown, DEADLINE_S, what="the centre's monitor shows CERN's jobs")
     rows = [msgspec.json.decode(line) for line in (cern.topology / AUDIT).read_bytes().splitlines()]
-    assert [(row["actor"], row["reason"]) for row in rows] == [("CERN:root", "the Tier-0")]
+    told = [(row["actor"], row["reason"]) for row in rows]
+    assert told == [("CERN:operator", "a new cluster"), ("CERN:root", "the Tier-0")]
 
     # Neither can change what is the other's, whoever asks where.
     before = {home.authority: topology_store.load(home.topology, home.authority).epochs for home in (central, cern)}
