@@ -335,9 +335,15 @@ ORDER BY created_at DESC, id DESC LIMIT %s
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
 
--- The next jobs of a partition, by what bounds it, with the bytes of each.
+-- name: find_archived_rows
+SELECT id, job_row FROM archive_job WHERE id IN %s ORDER BY id
+
+-- name: sizes_of_archived
+SELECT id, LENGTH(body) FROM archive_job WHERE id IN %s ORDER BY id
+
+-- The next jobs of a partition, by what bounds it.
 -- name: next_archived
-SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
+SELECT id FROM archive_job FORCE INDEX (PRIMARY)
 WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_id
@@ -404,6 +410,15 @@ SELECT slot, state, vo, SUM(n) FROM archive_tally GROUP BY slot, state, vo
 SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
 
+-- What each job will be in the archive, about: events and reports have some columns more.
+-- name: sizes_of
+SELECT id, SUM(n_bytes) FROM (
+    SELECT id, 1024 + 2 * (LENGTH(name) + COALESCE(LENGTH(error_text), 0)) AS n_bytes FROM job WHERE id IN %s
+    UNION ALL SELECT id, LENGTH(body) FROM spec WHERE id IN %s
+    UNION ALL SELECT id, SUM(128 + LENGTH(actor) + LENGTH(detail)) FROM job_event WHERE id IN %s GROUP BY id
+    UNION ALL SELECT id, SUM(128 + LENGTH(body)) FROM report WHERE id IN %s GROUP BY id) AS parts
+GROUP BY id ORDER BY id
+
 -- name: archived_from
 SELECT id, slot, state, owner, vo, jobset, depth, created_at, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
 
@@ -419,8 +434,8 @@ SELECT id, attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body, t
 ORDER BY id, attempt
 
 -- name: insert_archived
-INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body)
-VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
+INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body, job_row)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
 
 -- name: add_to_archive_tally
 INSERT INTO archive_tally (month, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
@@ -450,8 +465,29 @@ ALTER TABLE archive_job ADD PARTITION (PARTITION :name VALUES LESS THAN (':bound
 -- name: drop_partition
 ALTER TABLE archive_job DROP PARTITION :name
 
+-- For the lock on a table's definition, before and after an ALTER.
+-- name: wait_a_second
+SET SESSION lock_wait_timeout = 1
+
+-- name: wait_as_ever
+SET SESSION lock_wait_timeout = DEFAULT
+
+-- Jobs that were made before a time, and which of them ended before it: it is read in pages.
+-- name: ended_before
+SELECT CAST(created_at AS CHAR), id, state IN %s AND modified_at < %s FROM job FORCE INDEX (jobs_by_time)
+WHERE created_at < %s AND created_at >= %s AND (created_at > %s OR id > %s) ORDER BY created_at, id LIMIT %s
+
+-- name: read_dropped
+SELECT n, done FROM archive_dropped WHERE name = %s ORDER BY at DESC LIMIT 1
+
 -- name: insert_dropped
-INSERT INTO archive_dropped (name, before_at, n, actor, at) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6))
+INSERT INTO archive_dropped (name, before_at, n, actor, at, done) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), 0)
+
+-- name: forget_dropped
+DELETE FROM archive_dropped WHERE name = %s AND done = 0
+
+-- name: end_dropped
+UPDATE archive_dropped SET done = 1 WHERE name = %s
 
 -- name: drop_archive_tally
 DELETE FROM archive_tally WHERE month = %s
