@@ -1,8 +1,11 @@
 """Who may do what: pure rules over a verified Principal, for the router and, where the job decides, the shard."""
 
+from dataclasses import dataclass
 from typing import Final
 
 from culm.errors import ClientFault
+from culm.ids import MAX_SLOT
+from culm.topology import slot_block
 from culm.wire import Principal
 
 PRODUCTION: Final = "production"
@@ -58,6 +61,8 @@ def authority_of(account: str) -> str:
 def may_read(principal: Principal, *, vo: str, owner: str, authority: str) -> bool:
     """Users see the jobs of their own VO everywhere, an admin those of his authority, a pilot none.
 
+    Who has no VO shares none with anybody: of the jobs without one he sees his own.
+
     Args:
         principal: who asks.
         vo: the job's.
@@ -66,7 +71,39 @@ def may_read(principal: Principal, *, vo: str, owner: str, authority: str) -> bo
     """
     if principal.role == "admin":
         return _acts_for(principal, owner, authority)
-    return principal.role == "user" and principal.vo == vo
+    return principal.role == "user" and principal.vo == vo and (bool(vo) or principal.account == owner)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a principal may read of sums that know a slot and a VO, but no owner: the rule of `may_read` without owners.
+
+    An admin's are the slots of his authority, a user's his VO everywhere; of one without a VO there are none.
+    """
+
+    vo: str | None
+    """None: any."""
+    first: int
+    last: int
+    """Slots, inclusive; none if `last` is the smaller one."""
+
+    def holds(self, slot: int, vo: str) -> bool:
+        """Whether he may read a sum."""
+        return self.first <= slot <= self.last and self.vo in (None, vo)
+
+    @property
+    def arguments(self) -> tuple[int, str, int, int]:
+        """For a statement: a switch, the VO, the first and the last slot."""
+        return int(self.vo is not None), self.vo or "", self.first, self.last
+
+
+def reach(principal: Principal) -> Reach:
+    """How far the sums go that a principal may read. Raises ClientFault(unknown_authority) for an admin of none."""
+    if principal.role == "admin":
+        return Reach(None, *slot_block(principal.authority))
+    if principal.role == "user" and principal.vo:
+        return Reach(principal.vo, 0, MAX_SLOT)
+    return Reach(None, 0, -1)
 
 
 def may_end(principal: Principal, *, owner: str, vo: str, working_group: str, authority: str) -> bool:

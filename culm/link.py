@@ -20,7 +20,7 @@ from culm import address
 from culm.errors import Bug, ClientFault, CulmError, Unavailable
 from culm.frames import Connection, Frame, Kind, decode_error, encode_error
 from culm.settings import TlsSettings
-from culm.telemetry import SHED
+from culm.telemetry import OTHER_NAME, SHED
 
 HELLO_TIMEOUT_S: Final = 2.0
 MAX_CALLS_PER_CONNECTION: Final = 65_536
@@ -240,9 +240,13 @@ class LinkClient:
         self._streams = itertools.count(1)
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self._stranger = ""
         self._never_up = True
         self._new_until = 0.0
+        self._stranger = ""
+        """Who answered at the address at the last try, if it was another one."""
+        if name:
+            # There from the start, as 0.
+            OTHER_NAME.labels(name)
 
     @property
     def connected(self) -> bool:
@@ -305,7 +309,8 @@ class LinkClient:
         """
         connection = self._connection
         if connection is None:
-            raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
+            told = f": {self._stranger} answers at {self.where}" if self._stranger else ""
+            raise Unavailable("shard_down", f"shard {self.name} is not reachable{told}", details={"shard": self.name})
         n_waiting = connection.n_waiting
         if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
             (_FULL_WAITING if waits else _FULL_WINDOW).inc()
@@ -367,7 +372,7 @@ class LinkClient:
     async def _connect(self) -> "_ClientConnection | None":
         loop = asyncio.get_running_loop()
         connection = _ClientConnection(self.name, self.options.orphan)
-        greeted = False
+        welcome = False
         try:
             target = address.parse(self.where)
             async with asyncio.timeout(self.options.stall_s):
@@ -377,21 +382,25 @@ class LinkClient:
                     context = address.client_tls(self.options.tls) if target.kind == "tls" else None
                     await loop.create_connection(lambda: connection, target.host, target.port, ssl=context)
                 await connection.greeted.wait()
-                greeted = self._is_meant(connection.peer)
+                welcome = self._is_meant(connection.peer)
         except (OSError, TimeoutError, ssl.SSLError, ClientFault) as error:
             log.debug("link to %s: %s", self.name, error)
         finally:
             # A stopped process still accepts: without this each try would leave an open connection behind.
-            if not greeted and connection.transport is not None:
+            if not welcome and connection.transport is not None:
                 connection.transport.abort()
-        return connection if greeted else None
+        return connection if welcome else None
 
     def _is_meant(self, peer: str) -> bool:
-        stranger = peer if self.name not in {"", peer} else ""
-        if stranger and stranger != self._stranger:
-            log.error("link to %s: the shard at %s is %s: nothing is asked there", self.name, self.where, stranger)
-        self._stranger = stranger
-        return not stranger
+        """Whether the shard that greeted is the one that the topology names; one under two names counts twice."""
+        if self.name in {"", peer}:
+            self._stranger = ""
+            return True
+        OTHER_NAME.labels(self.name).inc()
+        if peer != self._stranger:
+            log.error("link to %s: the shard at %s is %s: nothing is asked there", self.name, self.where, peer[:128])
+        self._stranger = peer[:128]
+        return False
 
     async def _watch(self, connection: "_ClientConnection") -> None:
         """Ping until the connection is lost, or silent for longer than the stall time after a ping."""

@@ -85,6 +85,8 @@ class AuthorityAnswer(Answer, frozen=True, kw_only=True):
     authority: str
     section: Section
     keys: dict[str, str]
+    keys_order: int = 0
+    """Grows with every change of the keys; 0 from a router that does not count them."""
 
 
 class TopologyAnswer(Answer, frozen=True, kw_only=True):

@@ -37,6 +37,11 @@ SHED: Final = METRICS.counter(
     "(that wait at the shard), event_readers (of a monitor)",
     "reason",
 )
+OTHER_NAME: Final = METRICS.counter(
+    "culm_link_other_name_total",
+    "Connections to a shard's address that were ended because another shard answered there",
+    "shard",
+)
 TOPOLOGY_REFUSED: Final = METRICS.counter(
     "culm_topology_refused_total",
     "Sections that were not believed, for they step back or say another thing at the same epoch",

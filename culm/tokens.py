@@ -3,14 +3,21 @@
 A key ring's folder holds `<kid>.key` (private, mode 0600) and, in the folder of trusted keys, `<kid>.pub`. The kid
 begins with the authority's name. Rotation adds a key and keeps the old public one: tokens that are out stay good
 until they expire. Verifiers read the folder again when a kid is new to them, so nothing restarts.
+
+What an authority tells the others of its keys has a number, which grows with every change (`<authority>.order` in the
+folder of trusted keys: of its own as told last, of another as heard last), so that no older word undoes a newer one.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import logging
 import os
 import re
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from culm.clock import Clock, SystemClock
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Conflict
 from culm.wire import Principal
 
 ALGORITHM: Final = "EdDSA"
@@ -101,25 +108,68 @@ def public_keys(trusted: Path, authority: str) -> dict[str, str]:
     return {path.stem: path.read_text(encoding="ascii") for path in sorted(trusted.glob(f"{authority}-*.pub"))}
 
 
-def adopt_keys(trusted: Path, authority: str, keys: dict[str, str]) -> bool:
+class ToldKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """What an authority says of its public keys: PEM by kid, and the number of that word, 0 from one that has none."""
+
+    keys: dict[str, str]
+    order: int = 0
+
+
+class _Word(msgspec.Struct, frozen=True, kw_only=True):
+    """The last word on an authority's keys that was told or heard here."""
+
+    order: int = 0
+    digest: str = ""
+
+
+def told_keys(trusted: Path, authority: str) -> ToldKeys:
+    """The public keys of one's own authority, numbered anew if they have changed since they were last told.
+
+    A folder that was restored has its number restored with it: what it says is older than what others have heard.
+
+    Raises OSError. Safe to retry: yes.
+    """
+    if not trusted.is_dir():
+        return ToldKeys(keys={})
+    with _locked(trusted):
+        keys, last = public_keys(trusted, authority), _last_word(trusted, authority)
+        if last.digest != _digest(keys):
+            # The time, so that a change after a restore is newer than all that was told before it.
+            order = max(last.order + 1, int(time.time() * 1000))
+            last = _note(trusted, authority, _Word(order=order, digest=_digest(keys)))
+        return ToldKeys(keys=keys, order=last.order)
+
+
+def adopt_keys(trusted: Path, authority: str, told: ToldKeys) -> bool:
     """Trust exactly these keys of another authority from now on; whether anything changed.
 
     An answer without keys changes nothing: an authority always has one.
 
-    Raises ClientFault(bad_key) for what is no Ed25519 key of that authority. Safe to retry: yes.
+    Raises:
+        ClientFault: bad_key, for what is no Ed25519 key of that authority.
+        Conflict: stale_keys, for a word that is older than one that was heard; it could bring back a withdrawn key.
+
+    Safe to retry: yes.
     """
+    keys = told.keys
     for kid, text in keys.items():
         if not _KID.fullmatch(kid) or kid.partition("-")[0] != authority or not _is_public_key(text):
             raise ClientFault("bad_key", f"{kid[:80]!r} is no key of {authority}")
-    known = public_keys(trusted, authority)
-    if not keys or keys == known:
+    if not keys:
         return False
-    for kid, text in keys.items():
-        if known.get(kid) != text:
-            _replace(trusted / f"{kid}.pub", text.encode("ascii"))
-    for kid in known.keys() - keys.keys():
-        (trusted / f"{kid}.pub").unlink(missing_ok=True)
-    return True
+    # Several workers may have asked, and have got answers of different ages.
+    with _locked(trusted):
+        known, last = public_keys(trusted, authority), _last_word(trusted, authority)
+        if told.order < last.order:
+            raise Conflict("stale_keys", f"keys of {authority} with the number {told.order}, known are {last.order}")
+        if told.order > last.order:
+            _note(trusted, authority, _Word(order=told.order, digest=_digest(keys)))
+        for kid, text in keys.items():
+            if known.get(kid) != text:
+                _replace(trusted / f"{kid}.pub", text.encode("ascii"))
+        for kid in known.keys() - keys.keys():
+            (trusted / f"{kid}.pub").unlink(missing_ok=True)
+        return keys != known
 
 
 class Verifier:
@@ -221,6 +271,33 @@ class Verifier:
     async def poll(self) -> None:
         """One turn of a background loop: sees withdrawn keys."""
         self._load()
+
+
+@contextlib.contextmanager
+def _locked(trusted: Path) -> Iterator[None]:
+    with (trusted / ".lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _last_word(trusted: Path, authority: str) -> _Word:
+    path = trusted / f"{authority}.order"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Word)
+    except FileNotFoundError:
+        return _Word()
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning("%s is passed over: %s", path, error)
+        return _Word()
+
+
+def _note(trusted: Path, authority: str, word: _Word) -> _Word:
+    _replace(trusted / f"{authority}.order", msgspec.json.encode(word))
+    return word
+
+
+def _digest(keys: dict[str, str]) -> str:
+    return hashlib.sha256(msgspec.json.encode(sorted(keys.items()))).hexdigest()
 
 
 def _is_public_key(text: str) -> bool:

@@ -115,9 +115,9 @@ class Topology:
 
     Args:
         sections: one per authority.
-        home: whose names win where two authorities give the same name to a shard, region, site or computing queue:
-            what another authority decides while it cannot be reached must never break this one. The names that are
-            passed over are told in `clashes`. None refuses such sections with ClientFault(bad_topology).
+        home: whose names win where two authorities give the same name to a shard, its link, a region, site or
+            computing queue: what another decides while it cannot be reached must never break this one. The names that
+            are passed over are told in `clashes`. None refuses such sections with ClientFault(bad_topology).
     """
 
     def __init__(self, sections: Iterable[Section], home: str | None = None) -> None:
@@ -132,13 +132,18 @@ class Topology:
         self.clashes: list[str] = []
         """What is passed over, a sentence each."""
         self._home = home
+        self._by_link: dict[str, str] = {}
         for section in sorted(sections, key=lambda one: (one.authority != home, one.authority)):
             self._add(section)
 
     def _add(self, section: Section) -> None:
         validate(section)
         self.sections[section.authority] = section
-        shards = self._merge(self.shards, section.shards, section, "shard")
+        # By their links, too: a shard under two names would be asked, counted and listed twice.
+        links = {one.link: name for name, one in section.shards.items() if name not in self.shards}
+        twice = links.keys() - self._merge(self._by_link, links, section, "link").keys()
+        reached = {name: one for name, one in section.shards.items() if one.link not in twice}
+        shards = self._merge(self.shards, reached, section, "shard")
         regions = self._merge(self.regions, section.regions, section, "region")
         ours = {name: site for name, site in section.sites.items() if site.region in regions}
         sites = self._merge(self.sites, ours, section, "site")
@@ -146,11 +151,10 @@ class Topology:
         for name, region in section.regions.items():
             self.region_of_slot[region.slot] = name if name in regions else f"{section.authority}:{name}"
         for name, site in section.sites.items():
+            region_name = site.region if site.region in regions else f"{section.authority}:{site.region}"
             for slot in site.slots:
                 self.site_of_slot[slot] = name if name in sites else f"{section.authority}:{name}"
-                self.region_of_slot[slot] = (
-                    site.region if site.region in regions else f"{section.authority}:{site.region}"
-                )
+                self.region_of_slot[slot] = region_name
         queues = {queue: name for name, site in sites.items() for queue in site.queues}
         self._merge(self.site_of_queue, queues, section, "computing queue")
 
@@ -172,8 +176,7 @@ class Topology:
 
     def default_region(self, authority: str) -> str:
         """The region of a job that names no place, by the authority of its submitter; "" if there is none."""
-        section = self.sections.get(authority)
-        return section.default_region if section is not None else ""
+        return self.sections[authority].default_region if authority in self.sections else ""
 
     def ban_of(self, account: str, authority: str) -> str | None:
         """Why an account may not act in the slots of an authority; None if it may.
@@ -263,6 +266,9 @@ def validate(section: Section) -> None:
     """The one validator: router, shard, ops and CI use it. Raises ClientFault(bad_topology) with what is wrong."""
     first, last = slot_block(section.authority)
     users: dict[int, str] = {}
+    at = {one.link: name for name, one in section.shards.items()}
+    for name, one in section.shards.items():
+        _require(at[one.link] == name, f"the shards {name} and {at[one.link]} have the same link {one.link}")
     for name, region in section.regions.items():
         _own_slots(users, [region.slot], f"region {name}")
         for shard in region.shards:
@@ -339,7 +345,7 @@ def register_sites(section: Section, wanted: Iterable[SiteRegistration]) -> Sect
                 region = regions[registration.region] = _new_region(section, registration.region, next(free))
                 placement[region.slot] = Placement(region.shards[0], epoch)
             slot = next(free)
-            placement[slot] = Placement(_default_shard(section, region, registration.name), epoch)
+            placement[slot] = Placement(str(_ring(section, region.shards).get_node(registration.name)), epoch)
             sites[registration.name] = Site(region=registration.region, slots=[slot], queues=registration.queues)
         elif known.region != registration.region:
             raise Conflict("site_in_other_region", f"site {registration.name} belongs to region {known.region}")
@@ -383,9 +389,8 @@ def add_shard(section: Section, name: str, shard: Shard, region: str, *, strict:
         slot = next(_free_slots(section))
         regions[region] = Region(slot=slot, shards=[name], strict=strict)
         placement[slot] = Placement(name, epoch)
-    changed = msgspec.structs.replace(
-        section, epoch=epoch, shards=section.shards | {name: shard}, regions=regions, placement=placement
-    )
+    shards = section.shards | {name: shard}
+    changed = msgspec.structs.replace(section, epoch=epoch, shards=shards, regions=regions, placement=placement)
     validate(changed)
     return changed
 
@@ -407,9 +412,8 @@ def set_ban(section: Section, account: str, reason: str | None) -> Section:
         # As it will be read again: the account's form is checked there.
         msgspec.json.decode(msgspec.json.encode(changed), type=Section)
     except msgspec.ValidationError:
-        raise ClientFault(
-            "bad_account", f"{account[:160]!r} is not AUTHORITY:SUBJECT, or the reason is too long"
-        ) from None
+        told = f"{account[:160]!r} is not AUTHORITY:SUBJECT, or the reason is too long"
+        raise ClientFault("bad_account", told) from None
     return changed
 
 
@@ -460,10 +464,6 @@ def _new_region(section: Section, name: str, slot: int) -> Region:
     if not shards:
         raise Conflict("no_shard", f"authority {section.authority} has no shard for the new region {name}")
     return Region(slot=slot, shards=[_ring(section, shards).get_node(name)])
-
-
-def _default_shard(section: Section, region: Region, site: str) -> str:
-    return str(_ring(section, region.shards).get_node(site))
 
 
 def _ring(section: Section, shards: Iterable[str]) -> HashRing:

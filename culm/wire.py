@@ -708,6 +708,9 @@ class ShardJobs(msgspec.Struct, frozen=True, kw_only=True):
     principal: Principal
     query: JobsQuery
     slots: list[int] = []
+    also: list[int] = []
+    """Slots of which only the jobs are wanted that ran, or run, at these computing queues."""
+    queues: list[str] = []
 
 
 class ShardPileUps(msgspec.Struct, frozen=True, kw_only=True):

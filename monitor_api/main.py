@@ -25,6 +25,8 @@ from monitor_api.views import Views
 KEYS_POLL_S: Final = 5.0
 LISTEN_S: Final = 5.0
 """How often all shards are asked what they have, though nobody looks."""
+TOKENS_LOOK_S: Final = 1.0
+"""How soon an event stream ends whose token is not good any more, though nothing happens."""
 MAX_FORM_BYTES: Final = 64 << 10
 WRITE_S: Final = 10.0
 """So long a reader of events may take nothing."""
@@ -61,6 +63,7 @@ class Monitor:
         loops.every(POLL_S, "certificate", self._https.poll)
         loops.every(LISTEN_S, "listen", self._views.listen)
         loops.every(KEYS_POLL_S, "keys", self._verifier.poll)
+        loops.every(TOKENS_LOOK_S, "event_tokens", self._live.look_at_tokens)
         runner = web.AppRunner(self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()
         try:
@@ -123,9 +126,8 @@ class Monitor:
         request[service.VERB] = "events"
         cookie = request.cookies.get(COOKIE)
         header = request.headers.get("Authorization") or (f"Bearer {cookie}" if cookie else None)
-        who = self._verifier.verify(header)
         last_id = request.headers.get("Last-Event-ID") or request.query.get("last_event_id", "")
-        chunks = self._live.stream(who, last_id)
+        chunks = self._live.stream(lambda: self._verifier.verify(header), last_id)
         # The first one before the answer begins: what is refused is refused with its status.
         first = await anext(chunks)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
@@ -149,6 +151,7 @@ class Monitor:
     async def _follow(self) -> None:
         self._topology.refresh_if_changed()
         await self._links.refresh()
+        await self._live.follow()
 
     async def _ready(self) -> str:
         return "" if self._topology.current.sections else "topology"

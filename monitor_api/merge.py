@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from culm import access
 from culm.places import UNPLACED, place
 from culm.states import FINAL
 from culm.topology import Topology
@@ -49,7 +50,9 @@ def merge(
         heard: per shard what it last said; one that never answered is absent.
         missing: the shards that gave no answer this time.
         now: on the clock of `Heard.at`.
-        who: asks; a user is shown the jobs of his VO, and of accounts his own.
+        who: asks; a user is shown the jobs of his VO, and of accounts his own. An admin is shown how many jobs there
+            are where, whoever decides there; by VO those of his authority's slots, and of accounts its own and those
+            that have jobs on its shards.
     """
     total: Counter[str] = Counter()
     by_region: dict[str, Counter[str]] = {}
@@ -57,23 +60,31 @@ def merge(
     by_vo: dict[str, Counter[str]] = {}
     owners: Counter[str] = Counter()
     archived: Counter[str] = Counter()
-    for one in heard.values():
+    reach, is_user = access.reach(who), who.role == "user"
+    section = topology.sections.get(who.authority)
+    for name, one in heard.items():
         for count in one.answer.counts:
-            if who.role == "user" and count.vo != who.vo:
+            may_read = reach.holds(count.slot, count.vo)
+            if is_user and not may_read:
                 continue
             region, site = place(topology, count.slot)
             total[count.state] += count.n_jobs
             by_region.setdefault(region, Counter())[count.state] += count.n_jobs
             by_site.setdefault(site, Counter())[count.state] += count.n_jobs
-            by_vo.setdefault(count.vo, Counter())[count.state] += count.n_jobs
+            if may_read:
+                by_vo.setdefault(count.vo, Counter())[count.state] += count.n_jobs
         for count in one.answer.archived:
-            if who.role != "user" or count.vo == who.vo:
+            if not is_user or reach.holds(count.slot, count.vo):
                 archived[count.state] += count.n_jobs
-        owners.update(one.answer.owners)
+        is_own = section is not None and name in section.shards
+        for owner, n_jobs in one.answer.owners.items():
+            if is_own or access.authority_of(owner) == who.authority:
+                owners[owner] += n_jobs
     shown = owners.most_common(MAX_OWNERS)
-    n_owners = max([len(owners), *(one.answer.n_owners for one in heard.values())])
+    own = [one for name, one in heard.items() if section is not None and name in section.shards]
+    n_owners = max([len(owners), *(one.answer.n_owners for one in own)])
     cut = any(one.answer.n_owners > len(one.answer.owners) for one in heard.values())
-    if who.role == "user":
+    if is_user:
         # Each shard was asked for this account: nothing of it is cut.
         shown, n_owners, cut = [(who.account, owners[who.account])] if owners[who.account] else [], 0, False
     return CountsAnswer(

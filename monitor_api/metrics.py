@@ -15,3 +15,6 @@ EVENT_READERS: Final = METRICS.gauge("culm_monitor_event_readers", "Open event s
 CUT_OFF: Final = METRICS.counter(
     "culm_monitor_event_readers_cut_off_total", "Event streams that were cut off: too slow"
 )
+ENDED: Final = METRICS.counter(
+    "culm_monitor_event_readers_ended_total", "Event streams that ended because their token was not good any more"
+)

@@ -22,3 +22,6 @@ PEER_HEARD: Final = METRICS.gauge(
     "authority",
     workers="livemax",
 )
+PEER_STALE: Final = METRICS.counter(
+    "culm_peer_stale_keys_total", "Answers of a peer whose keys are older than those it told before", "authority"
+)

@@ -2,7 +2,8 @@
 
 An authority changes its own section only, so there is never anything to merge: the newer epoch of its own wins. While
 it is cut off, the last good copy stays, and so do the keys that its tokens are verified with. One that steps back, or
-says another thing at the same epoch, is not believed: it has lost its section (docs/runbook.md).
+says another thing at the same epoch, is not believed: it has lost its section (docs/runbook.md). The keys have an order
+of their own, so that a router of it that has slept, or was restored, brings no withdrawn key back.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -24,10 +26,10 @@ from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import AuthorityAnswer
 from culm.settings import RouterSettings
 from culm.telemetry import TOPOLOGY_REFUSED
-from culm.tokens import adopt_keys, public_keys
+from culm.tokens import ToldKeys, adopt_keys, told_keys
 from culm.topology import Topology
 from culm.wire import Principal
-from router.metrics import PEER_HEARD
+from router.metrics import PEER_HEARD, PEER_STALE
 
 SILENT_S: Final = 2.0
 """A peer that says nothing for so long is cut off."""
@@ -40,20 +42,29 @@ log = logging.getLogger("router.peers")
 
 
 async def tell(settings: RouterSettings, principal: Principal, topology: Topology) -> AuthorityAnswer:
-    """What this authority decides, for the routers of the others. Raises ClientFault (forbidden, unknown_authority)."""
+    """What this authority decides, for the routers of the others. Raises ClientFault (forbidden, unknown_authority),
+    Unavailable(keys_unreadable).
+    """
     access.require_role(principal, "peer", "admin")
     section = topology.sections.get(settings.authority)
     if section is None:
         raise ClientFault("unknown_authority", f"there is no section of {settings.authority} here", http_status=404)
-    keys = await asyncio.to_thread(public_keys, Path(settings.trusted_keys_dir), settings.authority)
-    return AuthorityAnswer(authority=settings.authority, section=section, keys=keys)
+    try:
+        told = await asyncio.to_thread(told_keys, Path(settings.trusted_keys_dir), settings.authority)
+    except OSError as error:
+        raise Unavailable("keys_unreadable", f"{error.filename}: {error.strerror}") from None
+    return AuthorityAnswer(authority=settings.authority, section=section, keys=told.keys, keys_order=told.order)
 
 
 def require_private(peers: Mapping[str, str]) -> None:
     """Our token, and the keys to be trusted, cross no network in the clear. Raises ClientFault(plain_http_refused)."""
     for authority, url in peers.items():
-        parts = urlsplit(url)
-        if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
+        try:
+            parts = urlsplit(url)
+            private = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+        except ValueError:
+            private = False
+        if not private:
             raise ClientFault("plain_http_refused", f"peer {authority}: {url} must be https: outside of this machine")
 
 
@@ -64,11 +75,15 @@ class Peers:
         require_private(settings.peers)
         self._settings = settings
         self._cut_off: set[str] = set()
+        self._n_stale: Counter[str] = Counter()
+        """By authority, how many of its answers in a row had older keys."""
         self._n_refused: Counter[str] = Counter()
         """By authority, how many of its answers in a row were out of order."""
         for authority in settings.peers:
             # There from the start, as 0: one that was never heard is missed, too.
             PEER_HEARD.labels(authority)
+            PEER_STALE.labels(authority)
+            TOPOLOGY_REFUSED.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
@@ -109,13 +124,24 @@ class Peers:
             log.error("authority %s is not believed, what was known of it stays: %s", authority, error)
 
     def _adopt(self, answer: AuthorityAnswer) -> None:
-        def trust() -> None:
-            if adopt_keys(Path(self._settings.trusted_keys_dir), answer.authority, answer.keys):
-                log.info("the keys of %s have changed", answer.authority)
-
         # The keys first: whoever is named in the section may speak for it at once.
-        if topology_store.adopt(Path(self._settings.topology_dir), answer.section, trust):
+        if topology_store.adopt(Path(self._settings.topology_dir), answer.section, partial(self._trust, answer)):
             log.info("the section of %s is at epoch %d", answer.authority, answer.section.epoch)
+
+    def _trust(self, answer: AuthorityAnswer) -> None:
+        told, authority = ToldKeys(keys=answer.keys, order=answer.keys_order), answer.authority
+        try:
+            if adopt_keys(Path(self._settings.trusted_keys_dir), authority, told):
+                log.info("the keys of %s have changed", authority)
+        except Conflict as error:
+            # The section has an order of its own; and two workers may have asked at once, as above.
+            self._n_stale[authority] += 1
+            if self._n_stale[authority] > 1:
+                PEER_STALE.labels(authority).inc()
+            if self._n_stale[authority] == 2:
+                log.error("the keys of %s stay as they are: %s", authority, error)  # noqa: TRY400
+        else:
+            self._n_stale.pop(authority, None)
 
     async def _ask(self, session: aiohttp.ClientSession, url: str) -> AuthorityAnswer:
         try:
@@ -123,11 +149,11 @@ class Peers:
             async with session.get(
                 f"{url.rstrip('/')}/v1/authority",
                 headers={"Authorization": f"Bearer {token.strip()}", "Accept-Encoding": "identity"},
+                # To another URL goes no token, and what that says is not the peer's word.
+                allow_redirects=False,
                 ssl=_tls(self._settings.peer_ca_file) if url.startswith("https:") else True,
             ) as response:
-                if response.content_length is None or response.content_length > MAX_ANSWER_BYTES:
-                    raise Unavailable("bad_answer", f"{url} answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
-                body = await response.read()
+                body = await _read(response, url)
                 if response.status != 200:
                     raise Unavailable("peer_refuses", f"{url} answers {response.status}: {body[:200]!r}")
                 return msgspec.json.decode(body, type=AuthorityAnswer)
@@ -135,6 +161,15 @@ class Peers:
             raise Unavailable("bad_answer", f"{url} gave an answer that is not ours: {error}") from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise Unavailable("unreachable", f"no answer from {url}: {error or type(error).__name__}") from None
+
+
+async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise Unavailable("bad_answer", f"{url} answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
+    return bytes(body)
 
 
 def _tls(ca_file: str) -> ssl.SSLContext:

@@ -332,7 +332,7 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
     reports = _by_job(await tx.fetch("reports_of", gone))
     archived, tally = [], Counter[Counted]()
     of_months: Counter[tuple[int, int, str, str]] = Counter()
-    for identifier, slot, state, owner, vo, jobset, depth, created_at, ended_at in await tx.fetch(
+    for identifier, slot, state, owner, vo, queue, jobset, depth, created_at, ended_at in await tx.fetch(
         "archived_from", gone
     ):
         body = ArchivedJob(
@@ -343,7 +343,7 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
         )
         archived.append(
             (
-                *(identifier, ended_at, created_at, slot, state, owner, vo, jobset, depth),
+                *(identifier, ended_at, created_at, slot, state, owner, vo, queue, jobset, depth),
                 *(_ENCODER.encode(body), _ENCODER.encode(body.row)),
             )
         )

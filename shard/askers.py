@@ -204,19 +204,24 @@ class Askers:
         """How many jobs were dispatched lately, of all slots."""
         return self._given_in_all.total(self._clock.now())
 
-    async def seen(self, shard: str, call: ShardPilots) -> ShardPilotsAnswer:
+    async def seen(self, shard: str, authority: str, call: ShardPilots) -> ShardPilotsAnswer:
         """The pilots that asked lately, the latest first; a user's are those that may take jobs of his VO.
+
+        An admin is shown those of his own authority: another's shard (`authority` is whose it is) has none for him.
 
         Raises ClientFault(forbidden). Safe to retry: yes.
         """
         access.require_role(call.principal, "user", "admin")
-        vo = call.principal.vo if call.principal.role == "user" else None
-        latest = _Latest(call.limit, self._clock.now() - call.since_s, vo)
+        is_user = call.principal.role == "user"
+        latest = _Latest(call.limit, self._clock.now() - call.since_s, call.principal.vo if is_user else None)
+        names = sorted(self._queues.keys() if call.queues is None else self._queues.keys() & set(call.queues))
+        if not is_user and call.principal.authority != authority:
+            names = []
         queues = []
         # One reader at a time, and the others' turn after each piece: a page holds up nobody who dispatches.
         async with self._reading:
             pauses = Pauses()
-            for name in sorted(self._queues.keys() if call.queues is None else self._queues.keys() & set(call.queues)):
+            for name in names:
                 known = self._queues.get(name)
                 if known is not None:
                     latest.take(name, known)

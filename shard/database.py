@@ -356,9 +356,9 @@ class _Pool:
     def _lost(self, transaction: Transaction | None, *, used: bool) -> None:
         """Note a connection that is gone. Raises _StaleError if it was gone before it was used: nothing was done."""
         self.database.generation += 1
+        # Whether the server is gone is for the next connection to find out: this one may have been ended alone.
         if used and transaction is not None and transaction.n_done == 0:
             raise _StaleError from None
-        self.database.mark(reachable=False)
 
     async def _rolled_back(self, connection: Connection | None, error: BaseException) -> bool:
         if connection is None or (isinstance(error, DRIVER_ERRORS) and errno(error) in LOST):

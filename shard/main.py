@@ -94,6 +94,7 @@ class Shard:
         self.samples = Samples(self.database, settings.samples_kept_hours)
         cases = UseCases(
             settings.name,
+            settings.authority,
             self.database,
             lambda: self.topology.current,
             self.intake,

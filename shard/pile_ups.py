@@ -33,7 +33,7 @@ class PileUps:
         """By slot, state and VO (None: of all), when it was looked up and what was found."""
 
     async def judge(self, topology: Topology, shard: str, call: ShardPileUps) -> ShardPileUpsAnswer:
-        """The states that grow, the most jobs above the usual first; a user's are judged by the jobs of his VO.
+        """The states that grow, the most jobs above the usual first; judged by the jobs that the caller may read.
 
         Raises ClientFault(forbidden), Unavailable. Safe to retry: yes.
         """

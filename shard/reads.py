@@ -124,15 +124,14 @@ async def _fetch(database: Database, name: str, *arguments: object) -> list[Row]
 
 
 async def read_errors(database: Database, shard: str, call: ShardErrors) -> ShardErrorsAnswer:
-    """Errors by slot, plane and code in the last hours; a user's of his VO.
+    """Errors by slot, plane and code in the last hours; a user's of his VO, an admin's in his authority's slots.
 
     Raises ClientFault(forbidden), Unavailable. Safe to retry: yes.
     """
     access.require_role(call.principal, "user", "admin")
     now = await _fetch(database, "database_time")
     since = now[0][0] // _MICROSECONDS // _HOUR_S - call.hours + 1
-    is_user = int(call.principal.role == "user")
-    rows = await _fetch(database, "error_counts", since, is_user, call.principal.vo, MAX_ERRORS)
+    rows = await _fetch(database, "error_counts", since, *access.reach(call.principal).arguments, MAX_ERRORS)
     return ShardErrorsAnswer(
         shard=shard,
         errors=[

@@ -6,6 +6,7 @@ Final states are counted with the archive, so that what moves there does not loo
 from collections import Counter
 from typing import Final
 
+from culm import access
 from culm.states import State
 from culm.wire import ShardPileUps
 from shard.database import Database, Transaction
@@ -46,11 +47,11 @@ class Samples:
         return float(rows[0][0]) / _MICROSECONDS
 
     async def compare(self, call: ShardPileUps) -> tuple[Window, dict[int, dict[State, Level]]]:
-        """What there is now against the samples of the last hours, by slot and state; a user's of his VO.
+        """What there is now against the samples of the last hours, by slot and state, as far as the caller may read.
 
         Raises Unavailable. Safe to retry: yes.
         """
-        now, is_user, vo = await self.now(), int(call.principal.role == "user"), call.principal.vo
+        now, reach = await self.now(), access.reach(call.principal)
         this = int(now) // HOUR_S
         sampled = await self._database.run("user", lambda tx: tx.fetch("read_sampled", this - call.hours))
         before = [(hour, at / _MICROSECONDS) for hour, at in sampled if hour < this]
@@ -59,10 +60,10 @@ class Samples:
         (first, first_at), (last, last_at) = before[0], before[-1]
         levels: dict[int, dict[State, Level]] = {}
         for (slot, state, of_vo), n_jobs in (await self._counted()).items():
-            if not is_user or of_vo == vo:
+            if reach.holds(slot, of_vo):
                 of_slot = levels.setdefault(slot, {})
                 of_slot[state] = Level(of_slot.get(state, Level()).n_now + n_jobs)
-        arguments = (last, first, first, last, is_user, vo)
+        arguments = (last, first, first, last, *reach.arguments)
         rows = await self._database.run("user", lambda tx: tx.fetch("sampled_levels", *arguments))
         for slot, name, n_sum, n_last, n_grown in rows:
             of_slot, state = levels.setdefault(slot, {}), State(name)

@@ -16,6 +16,7 @@ from culm.topology import Topology
 from culm.wire import (
     ExportAnswer,
     GetJobAnswer,
+    Principal,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
@@ -61,6 +62,8 @@ class UseCases:
     """The use cases of one shard."""
 
     name: str
+    authority: str
+    """Whose shard it is."""
     database: Database
     topology: Callable[[], Topology]
     intake: Intake
@@ -96,7 +99,7 @@ class Verbs:
             "happenings": _entry(ShardHappenings, cases.happenings.since),
             "counts": _entry(ShardCounts, self._counts),
             "pile_ups": _entry(ShardPileUps, lambda call: cases.pile_ups.judge(topology(), cases.name, call)),
-            "pilots": _entry(ShardPilots, lambda call: cases.askers.seen(cases.name, call)),
+            "pilots": _entry(ShardPilots, lambda call: cases.askers.seen(cases.name, cases.authority, call)),
             "errors": _entry(ShardErrors, lambda call: reads.read_errors(database, cases.name, call)),
             "depths": _entry(ShardDepths, lambda call: reads.read_depths(database, call)),
         }
@@ -167,7 +170,7 @@ class Verbs:
         return answer
 
     async def _archive(self, call: ShardArchive) -> ShardArchiveAnswer:
-        access.require_role(call.principal, "admin")
+        self._require_own_admin(call.principal)
         archive = self._cases.archive
         n_moved = await archive.move(call.older_s) if call.older_s is not None else 0
         n_dropped = await archive.drop(call.drop, call.principal.account, call.exported) if call.drop else 0
@@ -181,9 +184,19 @@ class Verbs:
         return msgspec.structs.replace(answer, n_dispatched=n_dispatched, window_s=WINDOW_S)
 
     async def _export(self, call: ShardExport) -> ExportAnswer:
-        access.require_role(call.principal, "admin")
+        self._require_own_admin(call.principal)
         jobs, following = await self._cases.archive.page(call.name, call.after)
         return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
+
+    def _require_own_admin(self, principal: Principal) -> None:
+        """A link carries the word of whatever router has a certificate: a shard obeys admins of its own authority only.
+
+        Raises ClientFault(forbidden).
+        """
+        access.require_role(principal, "admin")
+        own = self._cases.authority
+        if principal.authority != own:
+            raise access.forbidden(f"this shard obeys admins of {own}, the token is of {principal.authority}")
 
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
         # By way of the dispatcher: a repeat of that request, by way of another router, must wait for its end.

@@ -104,7 +104,7 @@ class Why:
         return SiteWhyAnswer(site=call.site, window_s=WINDOW_S, queues=found)
 
     async def asking(self, topology: Topology, slot: int, who: Principal) -> Asking:
-        """What is known of the pilots that may take from a slot; a user's are held against jobs of his VO.
+        """What is known of the pilots that may take from a slot, held against the jobs that the caller may read.
 
         Where none has asked lately the jobs are held against the best that its computing queues allow.
 
@@ -138,9 +138,10 @@ class Why:
         )
 
     def _visible(self, keys: Iterable[ClassKey], who: Principal) -> list[tuple[ClassKey, Requirements]]:
-        """The first of these classes that are known here; a user's are of his VO."""
+        """The first of these classes that are known here and that the caller may read."""
+        reach = access.reach(who)
         seen = ((key, needs) for key in keys if (needs := self._classes.needs(key)) is not None)
-        return list(islice((one for one in seen if who.role != "user" or one[1].vo == who.vo), MAX_CLASSES))
+        return list(islice((one for one in seen if reach.holds(one[0].slot, one[1].vo)), MAX_CLASSES))
 
     # --- one job
 

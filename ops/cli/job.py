@@ -115,7 +115,7 @@ def _warn(warning: SubmitWarning, ids: list[int | None]) -> None:
 @WHO
 @OUTPUT
 @click.option("--region", default="", help="Submitted to this region or a site of it.")
-@click.option("--site", default="", help="Submitted to this site; what a region's job ran at is not looked at.")
+@click.option("--site", default="", help="What waits at this site, and what ran there.")
 @click.option("--state", type=click.Choice([state.value for state in State]), default=None)
 @click.option("--owner", default="")
 @click.option("--jobset", type=ID, default=None)

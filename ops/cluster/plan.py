@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from culm import topology_store
 from culm.errors import ClientFault, Conflict, CulmError
-from culm.tokens import Verifier, adopt_keys, public_keys
+from culm.tokens import Verifier, adopt_keys, told_keys
 from culm.topology import (
     CENTRAL,
     SLOT_BLOCKS,
@@ -222,8 +222,8 @@ def _introduce(one: Layout, other: Layout) -> None:
     for teller, hearer in ((one, other), (other, one)):
         section = teller.topology / f"{teller.authority}.json"
         if section.exists() and hearer.topology.is_dir() and hearer.trusted.is_dir():
-            adopt_keys(hearer.trusted, teller.authority, public_keys(teller.trusted, teller.authority))
             try:
+                adopt_keys(hearer.trusted, teller.authority, told_keys(teller.trusted, teller.authority))
                 topology_store.adopt(hearer.topology, topology_store.load_section(teller.topology, teller.authority))
             except CulmError as error:
                 # It would not be helped by an authority more that does not run.

@@ -282,8 +282,8 @@ SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id 
 
 -- name: list_by_id
 SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: stop_by_jobset
@@ -291,8 +291,8 @@ SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN
 
 -- name: list_by_jobset
 SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- The same, the newest first: from a position (created_at, id), which is left out, down to one, which is not.
@@ -304,8 +304,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_newest
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_by_time)
 WHERE created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_newest_of_owner
@@ -316,8 +316,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_newest_of_owner
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_owner)
 WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_newest_of_slot
@@ -328,8 +328,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_newest_of_slot
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_slot)
 WHERE slot = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: find_archived
@@ -351,8 +351,8 @@ SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDE
 
 -- name: list_archived_by_id
 SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_jobset
@@ -360,8 +360,8 @@ SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AN
 
 -- name: list_archived_by_jobset
 SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- What ended before a time was made before it: its months are left out.
@@ -373,8 +373,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_archived_newest
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_by_time)
 WHERE ended_at >= %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_archived_newest_of_owner
@@ -385,8 +385,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_archived_newest_of_owner
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_owner)
 WHERE ended_at >= %s AND owner = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_archived_newest_of_slot
@@ -397,8 +397,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_archived_newest_of_slot
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_slot)
 WHERE ended_at >= %s AND slot = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: archived_counts
@@ -420,7 +420,8 @@ SELECT id, SUM(n_bytes) FROM (
 GROUP BY id ORDER BY id
 
 -- name: archived_from
-SELECT id, slot, state, owner, vo, jobset, depth, created_at, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
+SELECT id, slot, state, owner, vo, queue, jobset, depth, created_at, modified_at
+FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
 
 -- name: specs_of
 SELECT id, body FROM spec WHERE id IN %s
@@ -434,8 +435,8 @@ SELECT id, attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body, t
 ORDER BY id, attempt
 
 -- name: insert_archived
-INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body, job_row)
-VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
+INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, queue, jobset, depth, body, job_row)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
 
 -- name: add_to_archive_tally
 INSERT INTO archive_tally (month, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
@@ -507,8 +508,8 @@ SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
 
 -- name: error_counts
 SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour), COUNT(*) OVER (), SUM(SUM(n)) OVER ()
-FROM error_tally
-WHERE hour >= %s AND (%s = 0 OR vo = %s) GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
+FROM error_tally WHERE hour >= %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s
+GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
 
 -- name: drop_old_errors
 DELETE FROM error_tally WHERE hour < %s LIMIT 1000
@@ -529,7 +530,7 @@ INSERT INTO tally_sample (hour, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, 
 SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(gained) FROM (
   SELECT slot, state, hour, n, IF(hour = %s, 0, GREATEST(
     0, n - COALESCE(LAG(n) OVER (PARTITION BY slot, state, vo ORDER BY hour), 0))) AS gained
-  FROM tally_sample WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s)
+  FROM tally_sample WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s
 ) AS hourly GROUP BY slot, state
 
 -- name: drop_old_samples

@@ -329,7 +329,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
     wire.ShardHappenings(generation="0a1b", seq=7, wait_s=20.0),
     wire.ShardHappeningsAnswer(generation="0a1b", seq=9, reset=False, happened=[], at=1_700_000_000.0),
     wire.ShardSiteWhy(principal=PRINCIPAL, site="BNL"),
-    wire.ShardJobs(principal=PRINCIPAL, query=QUERY, slots=[3]),
+    wire.ShardJobs(principal=PRINCIPAL, query=QUERY, slots=[3], also=[4], queues=["BNL-q"]),
     wire.ShardDepths(ids=[ID]),
     wire.ShardDepthsAnswer(depths={ID: 1}),
     wire.ShardRelease(request_id="r-12345678", subject="pilots-of-bnl"),
@@ -417,6 +417,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
             placement={12_288: Placement("cern1", 1)},
         ),
         keys={"CERN-1700000000000-0a0b0c": "-----BEGIN PUBLIC KEY-----\n..."},
+        keys_order=1_700_000_000_001,
     ),
     frames.Frame(frames.Kind.CALL, 9, "get_job", 10_000, b"\x80"),
 )

@@ -176,6 +176,18 @@ async def test_who_may_not_read_a_job_cannot_read_it_archived(shard: Partition) 
             await shard.ask("archive", ShardArchive(principal=who, older_s=0.0), ShardArchiveAnswer)
 
 
+async def test_only_admins_of_the_shards_own_authority_touch_its_archive(shard: Partition) -> None:
+    [grant] = await finished(shard, 1)
+    other = msgspec.structs.replace(ADMIN, authority="CERN")
+    for call in (ShardArchive(principal=other), ShardArchive(principal=other, older_s=NOW, drop="before2020")):
+        with pytest.raises(ClientFault) as told:
+            await shard.ask("archive", call, ShardArchiveAnswer)
+        assert (told.value.code, told.value.http_status) == ("forbidden", 403)
+    with pytest.raises(ClientFault, match="obeys admins of central, the token is of CERN"):
+        await shard.ask("export", ShardExport(principal=other, name="before2020"), ExportAnswer)
+    assert await shard.rows("SELECT id FROM job") == [(grant.id,)]
+
+
 async def test_why_speaks_of_an_archived_job_too(shard: Partition) -> None:
     [grant] = await finished(shard, 1)
     before = await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=grant.id), WhyAnswer)

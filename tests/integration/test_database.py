@@ -510,14 +510,37 @@ async def test_a_restart_costs_no_request_and_is_noticed(settings: DatabaseSetti
         await database.close()
 
 
+async def _kill(settings: DatabaseSettings, number: int) -> None:
+    killer = await connect(settings, autocommit=True)
+    async with killer.cursor() as cursor:
+        await cursor.execute(f"KILL {number}")
+    killer.close()
+
+
+async def test_one_connection_that_is_killed_in_a_transaction_is_no_reason_for_grace(database: Database) -> None:
+    async def work(tx: Transaction) -> None:
+        [(number,)] = (await tx._run("read_slots", "SELECT CONNECTION_ID()", ()))[1]
+        await _kill(database.settings, number)
+        await _insert(tx)
+
+    for pool in POOLS:
+        await database.run(pool, lambda tx: tx.fetch("read_slots"))
+        began, generation = database.connected_since, database.generation
+        with pytest.raises(Unavailable) as told:
+            await database.run(pool, work)
+        assert told.value.code == "database_down"
+        assert database.generation == generation + 1
+        await database.run(pool, lambda tx: tx.fetch("read_slots"))
+        assert database.connected_since == began
+        assert database.reachable
+    assert await _slots(database) == set()
+
+
 async def test_one_idle_connection_that_is_gone_is_replaced_and_no_reason_for_grace(database: Database) -> None:
     for pool in POOLS:
         [(number,)] = (await database.run(pool, lambda tx: tx._run("x", "SELECT CONNECTION_ID()", ())))[1]
         began = database.connected_since
-        killer = await connect(database.settings, autocommit=True)
-        async with killer.cursor() as cursor:
-            await cursor.execute(f"KILL {number}")
-        killer.close()
+        await _kill(database.settings, number)
         await database.run(pool, lambda tx: tx.fetch("read_slots"))
         assert database.connected_since == began
         assert database.reachable

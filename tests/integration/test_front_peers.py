@@ -87,6 +87,34 @@ async def test_a_peer_that_is_cut_off_stays_as_it_was_last_heard(shard: Partitio
     assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
 
 
+async def test_a_peer_that_was_restored_brings_no_withdrawn_key_back(
+    shard: Partition, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with front(shard) as router, follower(router, tmp_path) as settings, router.client(ADMIN) as admin:
+        peers, theirs, ours = Peers(settings), router.folder / "trusted", Path(settings.trusted_keys_dir)
+        await peers.poll()
+        stolen = router.token(USER)
+        saved = {path.name: path.read_bytes() for path in theirs.iterdir()}
+        [old] = router.ring.kids()
+        new = await asyncio.to_thread(router.ring.rotate)
+        (theirs / f"{old}.pub").unlink()
+        await peers.poll()
+        assert list(public_keys(ours, "central")) == [new]
+        for name, content in saved.items():
+            (theirs / name).write_bytes(content)
+        # Its section has an order of its own, and is followed.
+        more = SiteRegistration(name="AGLT2", region="US", queues={"AGLT2-q": Queue()})
+        changed = await admin.post("sites", SitesRequest(sites=[more]), ChangedAnswer)
+        (theirs / f"{new}.pub").unlink()
+        for _ in range(3):
+            await peers.poll()
+        assert list(public_keys(ours, "central")) == [new]
+        with pytest.raises(ClientFault, match="unknown_key"):
+            Verifier(ours).verify(f"Bearer {stolen}")
+        assert topology_store.load(Path(settings.topology_dir), "CERN").epochs["central"] == changed.epoch
+        assert len([record for record in caplog.records if "stay as they are" in record.getMessage()]) == 1
+
+
 async def test_a_peer_that_steps_back_is_not_believed_and_said_once(
     shard: Partition, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,6 +152,9 @@ async def test_a_peer_that_steps_back_is_not_believed_and_said_once(
         ("http://127.0.0.1.example.org", False),
         ("http://127.0.0.1@cern.example.org", False),
         ("cern.example.org:25080", False),
+        ("ftp://localhost", False),
+        ("http://[::1", False),
+        ("", False),
     ],
 )
 def test_a_peer_is_not_asked_in_the_clear(url: str, good: bool) -> None:
@@ -146,6 +177,31 @@ async def test_a_compressed_answer_is_not_blown_up(
         await Peers(msgspec.structs.replace(settings, peers={"central": str(server.make_url(""))})).poll()
         assert list(topology_store.load(Path(settings.topology_dir)).sections) == ["CERN"]
     assert "gave an answer that is not ours" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["redirects", "is too long"])
+async def test_an_answer_by_another_way_or_without_end_is_none(
+    shard: Partition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async with front(shard) as router, follower(router, tmp_path) as settings:
+
+        async def answer(request: web.Request) -> web.Response:
+            if how == "redirects" and request.match_info["what"] == "authority":
+                raise web.HTTPTemporaryRedirect("/v1/elsewhere")
+            reply = await router.send("GET", "/v1/authority", token=router.token(PEER))
+            response = web.json_response(reply.body)
+            if how == "is too long":
+                monkeypatch.setattr("router.peers.MAX_ANSWER_BYTES", len(response.body or b"") - 1)
+                # Its length is not told before.
+                response.enable_chunked_encoding()
+            return response
+
+        app = web.Application()
+        app.router.add_get("/v1/{what}", answer)
+        async with TestServer(app) as server:
+            await Peers(msgspec.structs.replace(settings, peers={"central": str(server.make_url(""))})).poll()
+        assert list(topology_store.load(Path(settings.topology_dir)).sections) == ["CERN"]
+        assert public_keys(Path(settings.trusted_keys_dir), "central") == {}
 
 
 async def test_one_authority_cannot_speak_for_another(shard: Partition, tmp_path: Path) -> None:

@@ -191,15 +191,14 @@ async def test_a_list_names_the_shard_that_gave_no_answer(
     assert (sorted(answer.ids), page.missing_shards) == ([row.id for row in page.jobs], [])  # type: ignore[type-var]
 
 
-async def test_a_list_of_a_site_and_a_region_is_of_both(user: Client) -> None:
+async def test_a_list_of_a_site_and_another_region_is_refused(user: Client) -> None:
     answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(4)))
     of_site = [row.id for row in (await user.jobs(JobsQuery(site="BNL"))).jobs]
     assert of_site == answer.ids[::2]
     assert [row.id for row in (await user.jobs(JobsQuery(site="BNL", region="US"))).jobs] == of_site
-    page = await user.jobs(JobsQuery(site="BNL", region="EU"))
-    assert (page.jobs, page.next, page.missing_shards) == ([], None, [])
-    with pytest.raises(ClientFault, match="unknown_region"):
-        await user.jobs(JobsQuery(site="BNL", region="Mars"))
+    for region in ("EU", "Mars"):
+        with pytest.raises(ClientFault, match="bad_target"):
+            await user.jobs(JobsQuery(site="BNL", region=region))
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 100])

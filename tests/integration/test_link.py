@@ -449,6 +449,38 @@ async def test_a_peer_that_never_greets_is_not_connected(folder: Path) -> None:
         assert (await failing(client.call("echo", b"", DEADLINE_S))).code == "shard_down"
 
 
+async def test_a_shard_of_another_name_is_shown_out_and_asked_nothing(
+    shard: Shard, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = REGISTRY.get_sample_value
+    before = counted("culm_link_other_name_total", {"shard": "eu1"}) or 0.0
+    client = LinkClient("eu1", f"unix:{folder}/s", LinkOptions())
+    client.start()
+    try:
+        await eventually(
+            lambda: (counted("culm_link_other_name_total", {"shard": "eu1"}) or 0.0) >= before + 2,
+            DEADLINE_S,
+            what="it has tried twice",
+        )
+        error = await failing(client.call("echo", b"x", DEADLINE_S))
+        assert (error.code, error.details) == ("shard_down", {"shard": "eu1"})
+        assert f"us1 answers at unix:{folder}/s" in error.message
+        assert not client.connected
+        # Said once, not at every try.
+        told = [record.getMessage() for record in caplog.records if record.name == "culm.link"]
+        assert [f"link to eu1: the shard at unix:{folder}/s is us1: nothing is asked there"] == told
+        # The right one comes: nothing has to be restarted.
+        await shard.server.stop(0.0)
+        other = LinkServer("eu1", shard.handle, lambda *_call: None)
+        await other.start(f"unix:{folder}/s")
+        assert await client.wait_connected(DEADLINE_S)
+        assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+        await other.stop(0.0)
+    finally:
+        await client.stop()
+    assert shard.started == ["echo"]
+
+
 async def test_stop_lets_calls_under_way_end(shard: Shard, client: LinkClient) -> None:
     call = asyncio.create_task(client.call("wait", b"last", DEADLINE_S))
     await eventually(lambda: shard.started, DEADLINE_S)

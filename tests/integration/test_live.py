@@ -5,14 +5,21 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
+import msgspec
 import pytest
 from prometheus_client import REGISTRY
 
+from culm import topology_store
+from culm.link import LinkServer
+from culm.shard_links import ShardLinks
 from culm.states import Event, State
-from culm.wire import Happening, JobSpec, Principal, ShardHappenings, SubmitRequest
+from culm.topology import Section, Shard, Topology
+from culm.topology_store import TopologyCache, Who
+from culm.wire import Happening, JobSpec, Principal, ShardHappenings, ShardHappeningsAnswer, SubmitRequest
 from monitor_api import live
 from monitor_api.metrics import EVENT_READERS
 from shard.happenings import MAX_PER_ANSWER, Happenings
@@ -177,6 +184,153 @@ async def test_an_id_that_is_none_is_refused(url: str, router: RunningFront, las
     headers = {"Authorization": f"Bearer {router.token(USER)}", "Last-Event-ID": last_id}
     async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{url}/v1/events") as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (400, "bad_event_id")
+
+
+LEEWAY_S = 30.0
+
+
+async def test_a_stream_ends_with_its_token(url: str, router: RunningFront) -> None:
+    # Two seconds more, with what is allowed for clocks that differ.
+    async with (
+        Reader(url, router.token(USER, valid_s=2.0 - LEEWAY_S)) as reader,
+        Reader(url, router.token(USER)) as other,
+    ):
+        assert reader.task is not None
+        await eventually(reader.task.done, DEADLINE_S, what="the stream has ended")
+        assert reader.names[-1] == "end"
+        n_seen = len(reader.seen)
+        [identifier] = await submit(router)
+        await eventually(lambda: (identifier, "activated") in other.seen, DEADLINE_S, what="the other one goes on")
+        assert len(reader.seen) == n_seen
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {reader.token}"}) as session,
+        session.get(f"{url}/v1/events") as answer,
+    ):
+        assert (answer.status, (await answer.json())["error"]["code"]) == (401, "token_expired")
+
+
+async def test_a_stream_ends_when_its_key_is_withdrawn(url: str, router: RunningFront) -> None:
+    async with Reader(url, router.token(USER)) as thief:
+        stolen = router.ring.kids()[-1]
+        await asyncio.to_thread(router.ring.rotate)
+        async with Reader(url, router.token(USER)) as reader:
+            (router.folder / "trusted" / f"{stolen}.pub").unlink()
+            assert thief.task is not None
+            await eventually(thief.task.done, DEADLINE_S, what="the stream has ended")
+            assert thief.names[-1] == "end"
+            assert reader.task is not None
+            assert not reader.task.done()
+
+
+async def test_an_account_has_a_bounded_number_of_streams_and_others_still_get_one(
+    url: str, router: RunningFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MAX_OF_ACCOUNT", 2)
+    async with Reader(url, router.token(USER)), Reader(url, router.token(USER)):
+        headers = {"Authorization": f"Bearer {router.token(USER)}"}
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{url}/v1/events") as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (429, "too_many_readers")
+        async with Reader(url, router.token(STRANGER)):
+            pass
+        monkeypatch.setattr(live, "MAX_READERS", 2)
+        async with (
+            aiohttp.ClientSession(headers={"Authorization": f"Bearer {router.token(ADMIN)}"}) as session,
+            session.get(f"{url}/v1/events") as answer,
+        ):
+            assert answer.status == 503
+            assert "Retry-After" in answer.headers
+    async with Reader(url, router.token(USER)):
+        pass
+
+
+def _known(pair: TwoPartitions, shards: dict[str, Shard]) -> None:
+    """Say in the topology which shards there are."""
+    who = Who(actor="test", reason="a test", at=0.0)
+
+    def edit(section: Section) -> Section:
+        return msgspec.structs.replace(section, epoch=section.epoch + 1, shards=shards)
+
+    topology_store.change(pair.topology_dir, "central", edit, who)
+
+
+async def test_an_open_stream_follows_shards_that_join_and_forgets_those_that_leave(
+    url: str, router: RunningFront, pair: TwoPartitions
+) -> None:
+    ring = Happenings()
+    ring.add([happening(n) for n in range(3)])
+    n_asked = 0
+
+    async def answer(verb: str, body: bytes, _deadline_s: float) -> bytes:
+        nonlocal n_asked
+        assert verb == "happenings"
+        n_asked += 1
+        return msgspec.msgpack.encode(await ring.since(msgspec.msgpack.decode(body, type=ShardHappenings)))
+
+    shards = dict(pair.topology.shards)
+    link = f"unix:{pair.folder / 'us1.d' / 'asia1.sock'}"
+    asia1 = LinkServer("asia1", answer, lambda *_call: None)
+    await asia1.start(link)
+    async with Reader(url, router.token(ADMIN)) as reader:
+        assert "reset" not in reader.names
+        await asyncio.to_thread(_known, pair, shards | {"asia1": Shard(link=link)})
+        await eventually(lambda: "reset" in reader.names, DEADLINE_S, what="he is told to look at the new shard")
+        ring.add([happening(10)])
+        await eventually(lambda: (10, "sent") in reader.seen, DEADLINE_S, what="its events are told")
+        assert [one for one in reader.seen if one[1] == "sent"] == [(10, "sent")]
+        assert "asia1=" in reader.last_id
+        await asyncio.to_thread(_known, pair, shards)
+        await eventually(lambda: not asia1.connections, DEADLINE_S, what="it is left alone")
+        n_before = n_asked
+        [identifier] = await submit(router)
+        await eventually(lambda: (identifier, "activated") in reader.seen, DEADLINE_S, what="the others go on")
+        assert n_asked == n_before
+        assert reader.names.count("reset") == 1
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "live-asia1"]
+    await asia1.stop(0.0)
+
+
+class BusyLinks:
+    """Two shards where something happens at every look; a look behind the poll's gets one event."""
+
+    def __init__(self, *, ahead: int) -> None:
+        self.missed: list[str] = []
+        """Who was asked for what came before."""
+        self._ahead = ahead
+
+    async def ask(self, shard: str, _verb: str, call: ShardHappenings, *_: object, waits: bool) -> object:
+        await asyncio.sleep(0)
+        seq = call.seq + 1 if call.generation else self._ahead
+        if call.generation and not waits:
+            self.missed.append(shard)
+        some = [happening(seq)] if call.generation else []
+        return ShardHappeningsAnswer(generation="g", seq=seq, reset=False, happened=some, at=0.0)
+
+
+def _streams(links: BusyLinks) -> live.Live:
+    shards = {name: Shard(link=f"unix:/{name}") for name in ("eu1", "us1")}
+    topology = Topology([Section(authority="central", epoch=1, shards=shards)])
+    return live.Live(cast(TopologyCache, SimpleNamespace(current=topology)), cast(ShardLinks, links), 1.0)
+
+
+async def test_a_shard_that_is_always_busy_keeps_no_reader_from_the_next_one() -> None:
+    links = BusyLinks(ahead=5)
+    stream = _streams(links).stream(lambda: ADMIN, "eu1=g.0,us1=g.0")
+    async with asyncio.timeout(DEADLINE_S):
+        async for chunk in stream:
+            if b"event: position" in chunk:
+                break
+    assert set(links.missed) == {"eu1", "us1"}
+    await stream.aclose()
+
+
+async def test_who_is_too_slow_is_cut_off_while_he_is_told_what_he_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "SETTLE_S", 0.0)
+    monkeypatch.setattr(live, "MAX_QUEUED", 5)
+    links = BusyLinks(ahead=10**9)
+    async with asyncio.timeout(DEADLINE_S):
+        told = [chunk async for chunk in _streams(links).stream(lambda: ADMIN, "eu1=g.0,us1=g.0")]
+    assert b"event: position" in told[-1]
+    assert set(links.missed) == {"eu1"}
 
 
 async def test_events_are_for_users_with_a_token(url: str, router: RunningFront) -> None:

@@ -9,15 +9,18 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
+from culm import topology_store
 from culm.client import Client
 from culm.errors import ClientFault, Unavailable
 from culm.ids import slot_of
 from culm.settings import MonitorSettings
+from culm.topology import Section, Shard
 from culm.wire import (
     CancelRequest,
     CountsAnswer,
     GetJobRequest,
     JobSpec,
+    JobsQuery,
     PilotInfo,
     Principal,
     ShardCounts,
@@ -140,6 +143,34 @@ async def test_a_dead_shard_is_named_soon_and_shown_as_last_heard_with_its_age(
 
     await eventually(whole, DEADLINE_S, what="the shard is found again")
     assert (await counts(router, url)).total == before.total
+
+
+async def test_a_shard_that_another_authority_names_as_its_own_is_counted_and_listed_once(
+    pair: TwoPartitions, router: RunningFront, url: str
+) -> None:
+    ids = await work(router)
+    before = await counts(router, url)
+    us1 = pair.topology.shards["us1"].link
+    detour = us1.replace("/us1.d/", "/eu1.d/../us1.d/")
+    # The same link is passed over; the same shard by another way is found out by the name with which it greets.
+    for number, (link, known) in enumerate(((us1, []), (detour, ["cernx"]))):
+        section = Section(authority="CERN", epoch=number + 1, shards={"cernx": Shard(link=link)})
+        assert await asyncio.to_thread(topology_store.adopt, pair.topology_dir, section)
+
+        async def followed(epoch: int = number + 1) -> bool:
+            async with Client(url, router.token(ADMIN), patience_s=0) as client:
+                return (await client.shards()).epochs.get("CERN") == epoch
+
+        await eventually(followed, DEADLINE_S, what="the section is followed")
+        after = await counts(router, url)
+        assert after.missing_shards == known
+        assert (after.total, after.by_site, after.active_by_owner) == (
+            before.total,
+            before.by_site,
+            before.active_by_owner,
+        )
+        async with Client(url, router.token(USER), patience_s=0) as client:
+            assert sorted(row.id for row in (await client.jobs(JobsQuery())).jobs) == sorted(ids)
 
 
 async def test_a_shard_that_never_answered_is_named_and_not_zero(pair: TwoPartitions, router: RunningFront) -> None:

@@ -4,6 +4,7 @@ import secrets
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from culm.errors import ClientFault
@@ -172,6 +173,8 @@ async def test_a_user_is_told_of_his_vo_and_a_pilot_of_nothing(shard: Partition)
     assert (await the_pile_up(shard)).n_jobs == N_JOBS + 10
     assert (await the_pile_up(shard, OTHER_USER)).n_jobs == N_JOBS
     assert (await the_pile_up(shard, STRANGER)).n_jobs == 10
+    for nobody in (msgspec.structs.replace(ADMIN, authority="CERN"), msgspec.structs.replace(USER, vo="")):
+        assert (await judged(shard, nobody)).pile_ups == []
     with pytest.raises(ClientFault) as caught:
         await judged(shard, PILOT)
     assert caught.value.code == "forbidden"

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from typing import Literal
 
 import msgspec
 import pytest
@@ -97,6 +98,39 @@ async def test_a_list_shows_only_the_callers_vo(shard: Partition, who: Principal
     await shard.submit(*[job()] * 3)
     await shard.submit(*[job()] * 2, who=CMS)
     assert len((await shard.jobs(who)).jobs) == n_seen
+
+
+@pytest.mark.parametrize("order", ["id", "newest"])
+async def test_a_user_without_a_vo_is_listed_his_own_jobs_only(
+    shard: Partition, order: Literal["id", "newest"]
+) -> None:
+    await shard.submit(job(), who=msgspec.structs.replace(NO_VO, subject="mallory"))
+    mine = await shard.submit(*[job()] * 2, who=NO_VO)
+    # The same account with another token: that is for its VO.
+    await shard.submit(job(), who=CMS)
+    for owner, found in (("", mine), (NO_VO.account, mine), ("central:mallory", []), (USER.account, [])):
+        query = JobsQuery(order=order, owner=owner)
+        answer = await shard.ask("jobs", ShardJobs(principal=NO_VO, query=query), JobsAnswer)
+        assert sorted(row.id for row in answer.jobs) == found
+    for identifier in mine:
+        assert (await _read(shard, identifier, NO_VO)).job.owner == NO_VO.account
+
+
+async def test_errors_are_told_as_far_as_jobs_may_be_read(shard: Partition) -> None:
+    for who in (USER, CMS, NO_VO):
+        [identifier] = await shard.submit(job(), who=who)
+        [grant] = await shard.get()
+        assert grant.id == identifier
+        await shard.report(grant, State.FAILED, error=JobError(plane="exe", code=len(who.vo), text="broken"))
+    for who, codes in (
+        (ADMIN, {0, 3, 5}),
+        (OTHER_USER, {5}),
+        (CMS, {3}),
+        (NO_VO, set()),
+        (msgspec.structs.replace(ADMIN, authority="CERN"), set()),
+    ):
+        answer = await shard.ask("errors", ShardErrors(principal=who, hours=2), ShardErrorsAnswer)
+        assert {one.code for one in answer.errors} == codes
 
 
 async def test_a_pilot_may_not_list(shard: Partition) -> None:

@@ -103,6 +103,12 @@ async def test_a_shard_that_moved_to_another_address_is_followed(cluster: Cluste
             assert (await cluster.ask("us1")).shard == address
 
 
+async def test_who_answers_at_an_address_is_told_whatever_its_name(cluster: Cluster) -> None:
+    async with serving(cluster, "us1"):
+        assert await cluster.links.who_answers(f"unix:{cluster.folder / 'us1'}", DEADLINE_S) == "us1"
+    assert await cluster.links.who_answers(f"unix:{cluster.folder / 'us1'}", 0.1) == ""
+
+
 @pytest.mark.parametrize("rubbish", [b"", b"\xc1", b"\x80", b"\x93\x01\x02\x03", b"\x81\xa5shard\xa2\xff\xfe", b"text"])
 async def test_an_answer_that_is_not_ours_costs_only_its_own_call(cluster: Cluster, rubbish: bytes) -> None:
     async with serving(cluster, "us1"), serving(cluster, "eu1", rubbish):

@@ -48,6 +48,36 @@ def test_reading_stays_inside_a_vo(who: Principal, vo: str, allowed: bool) -> No
 
 
 @pytest.mark.parametrize(
+    ("owner", "vo", "allowed"),
+    [
+        ("central:eve", "", True),
+        ("central:eve", "atlas", False),
+        ("central:alice", "", False),
+        ("CERN:eve", "", False),
+    ],
+)
+def test_who_has_no_vo_reads_his_own_jobs_without_one(owner: str, vo: str, *, allowed: bool) -> None:
+    assert access.may_read(user("eve", vo=""), vo=vo, owner=owner, authority="central") is allowed
+
+
+@pytest.mark.parametrize(
+    ("who", "holds"),
+    [
+        # A slot of the centre and one of CERN's, of two VOs each.
+        (ADMIN, [True, True, False, False]),
+        (Principal(role="admin", subject="root", authority="CERN"), [False, False, True, True]),
+        (user(), [True, False, True, False]),
+        (user(vo=""), [False] * 4),
+        (pilot("*"), [False] * 4),
+    ],
+)
+def test_sums_are_read_as_far_as_jobs_are(who: Principal, holds: list[bool]) -> None:
+    reach = access.reach(who)
+    assert [reach.holds(slot, vo) for slot in (5, 12_288) for vo in ("atlas", "charmm")] == holds
+    assert not reach.holds(5, "") or who is ADMIN
+
+
+@pytest.mark.parametrize(
     ("who", "allowed"),
     [
         (user("alice"), True),

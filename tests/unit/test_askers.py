@@ -91,7 +91,7 @@ LATER = 60.0
 
 async def seen(askers: Askers, who: Principal = ADMIN, **changes: Any) -> ShardPilotsAnswer:
     call = ShardPilots(**({"principal": who, "since_s": 3600.0, "limit": 100} | changes))
-    return await askers.seen("us1", call)
+    return await askers.seen("us1", "central", call)
 
 
 async def test_what_pilots_asked_and_got_is_told_the_latest_first(askers: Askers, clock: Hands) -> None:
@@ -148,6 +148,8 @@ async def test_a_user_is_told_of_the_pilots_that_may_take_jobs_of_his_vo(askers:
         askers.asked(msgspec.structs.replace(offer(), vos=vos), PilotInfo(id=name))
     assert {one.id for one in (await seen(askers, USER)).pilots} == {"any", "atlas"}
     assert {one.id for one in (await seen(askers)).pilots} == {"any", "atlas", "cms"}
+    other = await seen(askers, msgspec.structs.replace(ADMIN, authority="CERN"))
+    assert (other.pilots, other.queues, other.n_left_out) == ([], [], 0)
     with pytest.raises(ClientFault, match="role"):
         await seen(askers, PILOT)
 

@@ -193,6 +193,36 @@ def test_accounts_that_a_shard_does_not_name_are_said() -> None:
     assert (mine.active_by_owner, mine.owners_at_least, mine.n_owners_left_out) == ({"central:ann": 3}, False, 0)
 
 
+def test_an_admin_of_another_authority_is_shown_how_many_jobs_are_where_and_not_whose() -> None:
+    rows = [SlotCount(slot=5, state=State.RUNNING, n_jobs=3, vo="atlas")]
+    owners = {"central:ann": 2, "CERN:cy": 1}
+    theirs = ShardCountsAnswer(shard="a", at=0.0, counts=rows, owners=owners)
+    rows = [SlotCount(slot=12_288, state=State.RUNNING, n_jobs=7, vo="cms")]
+    own = ShardCountsAnswer(shard="cern1", at=0.0, counts=rows, owners={"central:ann": 4, "CERN:cy": 3})
+    cern = Section(
+        authority="CERN",
+        epoch=1,
+        shards={"cern1": Shard(link="unix:/c")},
+        regions={"CERN": Region(slot=12_288, shards=["cern1"])},
+        placement={12_288: Placement("cern1", 1)},
+    )
+    both = Topology([topology().sections["central"], cern])
+    root = Principal(role="admin", subject="root", authority="CERN")
+    merged = merge(both, {"a": Heard(theirs, 1.0), "cern1": Heard(own, 1.0)}, [], 1.0, root)
+    assert merged.by_region == {"US": {"running": 3}, "CERN": {"running": 7}}
+    assert merged.by_vo == {"cms": {"running": 7}}
+    assert merged.active_by_owner == {"central:ann": 4, "CERN:cy": 4}
+
+
+def test_a_user_without_a_vo_is_shown_the_number_of_his_own_jobs() -> None:
+    rows = [SlotCount(slot=5, state=State.RUNNING, n_jobs=3, vo="")]
+    answer = ShardCountsAnswer(shard="a", at=0.0, counts=rows, archived=rows, owners={"central:eve": 1, "central:x": 2})
+    eve = Principal(role="user", subject="eve", authority="central")
+    merged = merge(topology(), {"a": Heard(answer, 1.0)}, [], 1.0, eve)
+    assert (merged.total, merged.archived, merged.by_vo) == ({}, {}, {})
+    assert merged.active_by_owner == {"central:eve": 1}
+
+
 def test_shards_tell_their_dispatch_rate_and_an_older_one_none() -> None:
     said = ShardCountsAnswer(shard="a", at=0.0, counts=[], n_dispatched=30, window_s=300.0)
     older = ShardCountsAnswer(shard="b", at=0.0, counts=[])

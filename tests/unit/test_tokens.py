@@ -13,8 +13,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from culm.errors import ClientFault
-from culm.tokens import AUDIENCE, LEEWAY_S, MAX_TOKEN_CHARS, RELOAD_S, KeyRing, Verifier, adopt_keys, public_keys
+from culm.errors import ClientFault, Conflict
+from culm.tokens import (
+    AUDIENCE,
+    LEEWAY_S,
+    MAX_TOKEN_CHARS,
+    RELOAD_S,
+    KeyRing,
+    ToldKeys,
+    Verifier,
+    adopt_keys,
+    public_keys,
+    told_keys,
+)
 from culm.wire import Principal
 from tests.waiting import eventually_sync
 
@@ -276,25 +287,60 @@ def test_exactly_the_keys_that_an_authority_tells_are_trusted(tmp_path: Path, ri
     theirs = KeyRing(tmp_path / "theirs", tmp_path / "their-trusted", "CERN")
     old = theirs.ensure()
     ours = tmp_path / "trusted"
-    assert adopt_keys(ours, "CERN", public_keys(tmp_path / "their-trusted", "CERN"))
+    assert adopt_keys(ours, "CERN", told_keys(tmp_path / "their-trusted", "CERN"))
     new = theirs.rotate()
     (tmp_path / "their-trusted" / f"{old}.pub").unlink()
-    told = public_keys(tmp_path / "their-trusted", "CERN")
-    assert list(told) == [new]
+    told = told_keys(tmp_path / "their-trusted", "CERN")
+    assert list(told.keys) == [new]
     assert adopt_keys(ours, "CERN", told)
     assert not adopt_keys(ours, "CERN", told)
-    assert public_keys(ours, "CERN") == told
+    assert public_keys(ours, "CERN") == told.keys
     # Our own stay, and a token of theirs is good here.
     assert list(public_keys(ours, "central")) == [ring.ensure()]
     user = Principal(role="user", subject="ann", authority="CERN", vo="atlas")
     assert Verifier(ours).verify(f"Bearer {theirs.issue(user, VALID_S)}") == user
 
 
+def test_an_older_word_on_keys_undoes_no_newer_one(tmp_path: Path, ring: KeyRing) -> None:
+    told_at, ours = tmp_path / "their-trusted", tmp_path / "trusted"
+    theirs = KeyRing(tmp_path / "theirs", told_at, "CERN")
+    stolen = theirs.ensure()
+    before = told_keys(told_at, "CERN")
+    assert told_keys(told_at, "CERN") == before
+    saved = {path.name: path.read_bytes() for path in told_at.iterdir()}
+    new = theirs.rotate()
+    (told_at / f"{stolen}.pub").unlink()
+    after = told_keys(told_at, "CERN")
+    assert after.order > before.order > 0
+    assert adopt_keys(ours, "CERN", after)
+    for stale in (before, ToldKeys(keys=before.keys)):
+        with pytest.raises(Conflict, match="stale_keys"):
+            adopt_keys(ours, "CERN", stale)
+        assert list(public_keys(ours, "CERN")) == [new]
+    # Their folder is restored from a copy of before: still the older word, until something is changed there.
+    (told_at / f"{new}.pub").unlink()
+    for name, content in saved.items():
+        (told_at / name).write_bytes(content)
+    assert told_keys(told_at, "CERN") == before
+    newest = theirs.rotate()
+    (told_at / f"{stolen}.pub").unlink()
+    assert adopt_keys(ours, "CERN", told_keys(told_at, "CERN"))
+    assert list(public_keys(ours, "CERN")) == [newest]
+
+
+def test_a_number_that_cannot_be_read_withdraws_nothing(tmp_path: Path, ring: KeyRing) -> None:
+    first = told_keys(tmp_path / "trusted", "central")
+    (tmp_path / "trusted" / "central.order").write_bytes(b"{")
+    again = told_keys(tmp_path / "trusted", "central")
+    assert again.keys == first.keys
+    assert again.order >= first.order
+
+
 def test_an_answer_without_keys_withdraws_none(tmp_path: Path) -> None:
     trusted = tmp_path / "trusted"
     KeyRing(tmp_path / "theirs", trusted, "CERN").ensure()
     before = public_keys(trusted, "CERN")
-    assert not adopt_keys(trusted, "CERN", {})
+    assert not adopt_keys(trusted, "CERN", ToldKeys(keys={}))
     assert public_keys(trusted, "CERN") == before
 
 
@@ -302,11 +348,12 @@ def test_an_answer_without_keys_withdraws_none(tmp_path: Path) -> None:
 def test_a_key_under_the_name_of_somebody_else_is_refused(kid: str, tmp_path: Path, ring: KeyRing) -> None:
     good = public_keys(tmp_path / "trusted", "central")[ring.ensure()]
     with pytest.raises(ClientFault, match="bad_key"):
-        adopt_keys(tmp_path / "trusted", "CERN", {kid: good})
+        adopt_keys(tmp_path / "trusted", "CERN", ToldKeys(keys={kid: good}))
     assert len(list((tmp_path / "trusted").iterdir())) == 1
 
 
 def test_what_is_no_public_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ClientFault, match="bad_key"):
-        adopt_keys(tmp_path, "CERN", {"CERN-1-a": "-----BEGIN PUBLIC KEY-----\nrubbish\n-----END PUBLIC KEY-----\n"})
+        rubbish = "-----BEGIN PUBLIC KEY-----\nrubbish\n-----END PUBLIC KEY-----\n"
+        adopt_keys(tmp_path, "CERN", ToldKeys(keys={"CERN-1-a": rubbish}))
     assert list(tmp_path.iterdir()) == []

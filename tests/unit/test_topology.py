@@ -98,6 +98,10 @@ DAMAGE: list[tuple[Callable[[], Section], str]] = [
     (lambda: replace(section(), regions=section().regions | {"EU": Region(slot=1, shards=["x"])}), "unknown shard x"),
     (lambda: replace(section(), regions=section().regions | {"EU": Region(slot=7, shards=["eu1"])}), "placed nowhere"),
     (lambda: replace(section(), default_region="Mars"), "default region Mars"),
+    (
+        lambda: replace(section(), shards=section().shards | {"us2": Shard(link="unix:/run/us1")}),
+        "shards us1 and us2 have the same link unix:/run/us1",
+    ),
     (lambda: _place(cern(), CERN_FIRST + 1, "cern2"), "is strict"),
     (lambda: _place(cern(), CERN_FIRST, "cern2"), "is strict"),
     (lambda: replace(_place(cern(), CERN_FIRST, "cern2"), sites={}), "is strict"),
@@ -197,11 +201,24 @@ def test_half_a_topology_still_works() -> None:
             "region US",
         ),
         (lambda: _site(cern(), "CERN-PROD", queues={"BNL_1": Queue()}), "computing queue BNL_1"),
+        (lambda: replace(cern(), shards=cern().shards | {"x1": Shard(link="unix:/run/us1")}), "link unix:/run/us1"),
     ],
 )
 def test_two_authorities_never_share_a_name(clash: Callable[[], Section], message: str) -> None:
     with pytest.raises(ClientFault, match=message):
         Topology([section(), clash()])
+
+
+def test_a_shard_of_ours_that_another_authority_names_once_more_is_passed_over() -> None:
+    placed = cern().placement | {CERN_FIRST + 7: Placement("x1", 1)}
+    other = replace(cern(), shards=cern().shards | {"x1": Shard(link="unix:/run/us1")}, placement=placed)
+    for home, kept, passed_over in ((CENTRAL, "us1", "x1"), ("CERN", "x1", "us1")):
+        topology = Topology([section(), other], home)
+        assert kept in topology.shards
+        assert passed_over not in topology.shards
+        assert not list(topology.slots_on(passed_over))
+        [clash] = topology.clashes
+        assert clash.startswith("link unix:/run/us1 is named by ")
 
 
 # --- registering -----------------------------------------------------------------------------------------------------
