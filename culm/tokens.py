@@ -89,7 +89,7 @@ class KeyRing:
         if principal.authority != self.authority:
             raise ClientFault("bad_authority", f"this ring signs for {self.authority} only")
         if not 0 < len(principal.subject) <= MAX_NAME_CHARS or len(principal.vo) > MAX_NAME_CHARS:
-            raise ClientFault("bad_principal", f"subject and VO have at most {MAX_NAME_CHARS} characters")
+            raise ClientFault("bad_principal", f"a subject has 1 to {MAX_NAME_CHARS} characters, a VO at most as many")
         kid = self.ensure()
         key = load_pem_private_key((self._folder / f"{kid}.key").read_bytes(), None)
         if not isinstance(key, Ed25519PrivateKey):

@@ -826,6 +826,10 @@ class ShardErrorsAnswer(Answer, frozen=True, kw_only=True):
 
     shard: str
     errors: list[ErrorCount]
+    n_left_out: int = 0
+    """Rarer errors of a slot that are not among them,"""
+    n_jobs_left_out: int = 0
+    """and the jobs that failed with those."""
 
 
 class ArchivePartition(Answer, frozen=True, kw_only=True):
@@ -908,7 +912,9 @@ class ShardCountsAnswer(Answer, frozen=True, kw_only=True):
     at: float
     counts: list[SlotCount]
     owners: dict[str, int] = {}
-    """Jobs that are not final, of the accounts with the most of them."""
+    """Jobs that are not final, of the accounts with the most of them, and of the one that was asked for."""
+    n_owners: int = 0
+    """Accounts with such jobs, those among `owners` and the others."""
     archived: list[SlotCount] = []
     """What has left the hot tables; not among `counts`."""
     n_dispatched: int = 0
@@ -930,6 +936,10 @@ class CountsAnswer(Answer, frozen=True, kw_only=True):
     """Jobs in the archive by state; not among the others."""
     active_by_owner: dict[str, int] = {}
     """Jobs that are not final, of the accounts with the most of them."""
+    owners_at_least: bool = False
+    """A shard has more accounts than it names: those of `active_by_owner` may have more jobs there."""
+    n_owners_left_out: int = 0
+    """At least so many more accounts have such jobs."""
 
 
 class ErrorRow(Answer, frozen=True, kw_only=True):
@@ -952,6 +962,10 @@ class ErrorsAnswer(Answer, frozen=True, kw_only=True):
     hours: int
     errors: list[ErrorRow]
     missing_shards: list[str] = []
+    n_left_out: int = 0
+    """At most so many more rows, of rarer errors, are not told,"""
+    n_jobs_left_out: int = 0
+    """and so many jobs failed with those, maybe with errors that are among the rows."""
 
 
 class ShardRow(Answer, frozen=True, kw_only=True):

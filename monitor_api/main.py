@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from culm import service
-from culm.errors import Conflict
+from culm.errors import Conflict, CulmError
 from culm.https import POLL_S, Https
 from culm.link import LinkOptions
 from culm.settings import MonitorSettings
@@ -85,9 +85,15 @@ class Monitor:
         """The application with all routes."""
         views = self._views
         secure = self._https.context is not None or self._settings.behind_tls_front
+        pages = Pages(views, self._verifier, secure=secure)
+
+        def refuse(request: web.Request, error: CulmError) -> web.Response:
+            is_browser = "text/html" in request.headers.get("Accept", "")
+            return pages.refusal(error) if is_browser else service.refusal(error)
+
         app = web.Application(
             client_max_size=MAX_FORM_BYTES,
-            middlewares=[service.errors("monitor", lambda _request, error: service.refusal(error))],
+            middlewares=[service.errors("monitor", refuse)],
         )
         app.add_routes(
             [
@@ -99,7 +105,7 @@ class Monitor:
                 *self._get("pile-ups", lambda who, query: views.pile_ups(who, hours_of(query, PILE_UP_HOURS))),
                 *self._get("pilots", lambda who, query: views.pilots(who, query_of(query, PilotsQuery))),
                 web.get("/v1/events", self._events),
-                *Pages(views, self._verifier, secure=secure).routes(),
+                *pages.routes(),
             ]
         )
         return app

@@ -81,8 +81,12 @@ def merge(
             if is_own or access.authority_of(owner) == who.authority:
                 owners[owner] += n_jobs
     shown = owners.most_common(MAX_OWNERS)
+    own = [one for name, one in heard.items() if section is not None and name in section.shards]
+    n_owners = max([len(owners), *(one.answer.n_owners for one in own)])
+    cut = any(one.answer.n_owners > len(one.answer.owners) for one in heard.values())
     if is_user:
-        shown = [(who.account, owners[who.account])] if owners[who.account] else []
+        # Each shard was asked for this account: nothing of it is cut.
+        shown, n_owners, cut = [(who.account, owners[who.account])] if owners[who.account] else [], 0, False
     return CountsAnswer(
         total=dict(total),
         by_region=_sorted(by_region),
@@ -91,6 +95,8 @@ def merge(
         missing_shards=sorted(missing),
         by_vo=_sorted(by_vo),
         active_by_owner=dict(shown),
+        owners_at_least=cut,
+        n_owners_left_out=max(0, n_owners - len(shown)),
         archived=dict(archived),
     )
 

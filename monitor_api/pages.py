@@ -71,6 +71,10 @@ class Pages:
             web.get("/style.css", self._css),
         ]
 
+    def refusal(self, error: CulmError) -> web.Response:
+        """What a browser is shown for a path that is no page, and for an error of ours."""
+        return self._render("error.html", {"error": error, "who": None, "command": ""}, status=error.http_status)
+
     # --- what is shown
 
     async def _overview(self, _request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:

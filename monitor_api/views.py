@@ -38,6 +38,8 @@ from monitor_api.metrics import STALE
 from monitor_api.queries import PilotsQuery
 
 MAX_HOURS: Final = 24 * 30
+PILE_UPS_PATIENCE: Final = 3.0
+"""Deadlines: a shard looks up a cause for each pile-up, and is slowest when much piles up."""
 
 A = TypeVar("A", bound=msgspec.Struct)
 
@@ -91,7 +93,13 @@ class Views:
             raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
         call = ShardErrors(principal=who, hours=hours)
         heard, missing = await self._ask_all(self._topology.current.shards, call, "errors", ShardErrorsAnswer)
-        return ErrorsAnswer(hours=hours, errors=merge_errors(self._topology.current, heard), missing_shards=missing)
+        return ErrorsAnswer(
+            hours=hours,
+            errors=merge_errors(self._topology.current, heard),
+            missing_shards=missing,
+            n_left_out=sum(answer.n_left_out for answer in heard),
+            n_jobs_left_out=sum(answer.n_jobs_left_out for answer in heard),
+        )
 
     async def pile_ups(self, who: Principal, hours: int) -> PileUpsAnswer:
         """Which state grows where against the last hours, with the likely cause; a user's by the jobs of his VO.
@@ -102,7 +110,9 @@ class Views:
         if not 1 <= hours <= MAX_HOURS:
             raise ClientFault("bad_hours", f"hours are 1 to {MAX_HOURS}")
         call = ShardPileUps(principal=who, hours=hours)
-        heard, missing = await self._ask_all(self._topology.current.shards, call, "pile_ups", ShardPileUpsAnswer)
+        patience_s = PILE_UPS_PATIENCE * self._deadline_s
+        shards = self._topology.current.shards
+        heard, missing = await self._ask_all(shards, call, "pile_ups", ShardPileUpsAnswer, patience_s)
         return PileUpsAnswer(
             hours=hours,
             pile_ups=merge_pile_ups(self._topology.current, heard),
@@ -150,11 +160,13 @@ class Views:
         return topology.place(slot).shard, ShardJob(at=topology.slot(slot), principal=who, id=identifier)
 
     async def _ask_all(
-        self, shards: Iterable[str], call: msgspec.Struct, verb: str, kind: type[A]
+        self, shards: Iterable[str], call: msgspec.Struct, verb: str, kind: type[A], deadline_s: float | None = None
     ) -> tuple[list[A], list[str]]:
         """The same of several shards: what they say, and who gave no answer."""
         names = list(shards)
-        answers = await self._links.ask_many([(name, call) for name in names], verb, kind, self._deadline_s)
+        answers = await self._links.ask_many(
+            [(name, call) for name in names], verb, kind, deadline_s or self._deadline_s
+        )
         heard = [answer for answer in answers if not isinstance(answer, CulmError)]
         missing = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)]
         return heard, sorted(missing)

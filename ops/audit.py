@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from culm.errors import Unavailable
 from culm.settings import ShardSettings
 from culm.states import FINAL, LEASED, TRANSITIONS, Event, State
 from culm.topology import Topology
@@ -79,7 +80,10 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
     n_jobs: int
     states: dict[str, int]
     shards: list[str]
+    """Whose databases were read."""
     findings: list[Finding]
+    missing_shards: dict[str, str] = {}
+    """Whose were not, and why: nothing is proved of them, nor of what lies between them and the others."""
 
 
 @dataclass
@@ -97,11 +101,22 @@ class _Facts:
 async def audit(shards: Sequence[ShardSettings], topology: Topology) -> AuditReport:
     """Check every partition and what holds between them. Reads only.
 
-    Raises Unavailable if a partition's database cannot be read: an audit that left one out would prove nothing.
-    Safe to retry: yes.
+    Raises Unavailable if no partition's database can be read. Safe to retry: yes.
     """
     limited = [_patient(settings) for settings in shards]
-    facts = await asyncio.gather(*(_audit_shard(settings) for settings in limited))
+    facts, missing = [], dict[str, str]()
+    for settings, read in zip(
+        limited, await asyncio.gather(*map(_audit_shard, limited), return_exceptions=True), strict=True
+    ):
+        if isinstance(read, Unavailable):
+            missing[settings.name] = read.message
+        elif isinstance(read, BaseException):
+            raise read
+        else:
+            facts.append(read)
+    if not facts:
+        told = f"no database of {', '.join(missing)} can be read, are they up? {next(iter(missing.values()))}"
+        raise Unavailable("database_down", told)
     findings = [finding for one in facts for finding in one.findings]
     findings += _between_sections(facts, topology)
     findings += await _ids_in_two(limited, facts)
@@ -113,6 +128,7 @@ async def audit(shards: Sequence[ShardSettings], topology: Topology) -> AuditRep
         states=dict(sorted(states.items())),
         shards=[one.shard for one in facts],
         findings=findings,
+        missing_shards=missing,
     )
 
 

@@ -10,7 +10,7 @@ stays as it is.
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,7 @@ FIELD_OF: Final = {
 }
 """Column -> the field of a computing queue that it gives."""
 _OPTIONAL: Final = ("siteid", *FIELD_OF)
+_PASSED_OVER: Final = ("space",)
 UNKNOWN_REGION: Final = "unknown"
 _STATUS: Final = {
     "online": "online",
@@ -49,6 +50,17 @@ class Catalogue:
 
     sites: list[SiteRegistration]
     fields: frozenset[str]
+    unused: list[str] = field(default_factory=list)
+    """Columns that are not known here."""
+
+    def remarks(self) -> list[str]:
+        """What the reader of the file may not expect, a line each."""
+        told = [] if self.sites else ["the file has no computing queue"]
+        if self.unused:
+            told.append(f"columns that are not used: {', '.join(self.unused)}")
+        if "status" not in self.fields and self.sites:
+            told.append("there is no column `status`: computing queues that are new are offline")
+        return told
 
     def over(self, known: Mapping[str, Site]) -> list[SiteRegistration]:
         """The registrations that change nothing but these fields in computing queues that are known. Pure."""
@@ -73,8 +85,12 @@ def read(path: Path) -> Catalogue:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             sites = _sites(rows)
+            columns = rows.fieldnames or ()
+            known = {*REQUIRED, *_OPTIONAL, *_PASSED_OVER}
             return Catalogue(
-                sites, frozenset(FIELD_OF[column] for column in rows.fieldnames or () if column in FIELD_OF)
+                sites,
+                frozenset(FIELD_OF[column] for column in columns if column in FIELD_OF),
+                [column for column in columns if column not in known],
             )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ClientFault("bad_catalogue", f"cannot read {path}: {error}") from None

@@ -4,6 +4,7 @@ Kept in memory, bounded, and touched in passing by every get_job; when a computi
 seconds, so that a restart does not forget it.
 """
 
+import asyncio
 import heapq
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from culm.clock import Clock, SystemClock
 from culm.matching import Offer
 from culm.wire import PilotInfo, PilotSeen, QueueSeen, ShardPilots, ShardPilotsAnswer
 from shard.database import Database, Transaction
+from shard.pauses import Pauses
 
 WINDOW_S: Final = 300.0
 """What counts as lately."""
@@ -24,6 +26,9 @@ MAX_OFFERS: Final = 16
 """Distinct offers of one computing queue."""
 MAX_PILOTS: Final = 1000
 MAX_QUEUES: Final = 20_000
+UNITS_PER_QUEUE: Final = 10
+PILOTS_PER_UNIT: Final = 2
+"""What it takes to look at a computing queue and its pilots, as `shard.pauses` counts."""
 
 
 K = TypeVar("K")
@@ -81,6 +86,44 @@ class _Queue:
     given: Recent = field(default_factory=Recent)
 
 
+class _Latest:
+    """The pilots of several computing queues that asked last, of a VO (None: of all), and how many more there are."""
+
+    def __init__(self, limit: int, since: float, vo: str | None) -> None:
+        self._limit = limit
+        self._since = since
+        self._vo = vo
+        self._heap: list[tuple[float, str, str, _Pilot]] = []
+        """The one that asked first of them at the top."""
+        self._n_found = 0
+
+    def take(self, queue: str, known: _Queue) -> None:
+        """Look at one computing queue."""
+        heap, vo = self._heap, self._vo
+        for pilot, one in reversed(known.pilots.items()):
+            if one.last_at < self._since:
+                break
+            if vo is None or one.vos is None or vo in one.vos:
+                self._n_found += 1
+                if len(heap) < self._limit:
+                    heapq.heappush(heap, (one.last_at, queue, pilot, one))
+                elif one.last_at > heap[0][0]:
+                    heapq.heapreplace(heap, (one.last_at, queue, pilot, one))
+
+    @property
+    def n_left_out(self) -> int:
+        """How many were found and are not among the latest."""
+        return self._n_found - len(self._heap)
+
+    def shown(self) -> list[PilotSeen]:
+        """The latest first."""
+        return [_shown(pilot, queue, one) for _, queue, pilot, one in sorted(self._heap, key=_by_last, reverse=True)]
+
+
+def _by_last(found: tuple[float, str, str, _Pilot]) -> tuple[float, str, str]:
+    return found[:3]
+
+
 class Askers:
     """The memory of a shard of who asked it."""
 
@@ -91,6 +134,7 @@ class Askers:
         self._given_of_slot: dict[int, Recent] = defaultdict(Recent)
         self._given_in_all = Recent()
         self._unsaved: set[str] = set()
+        self._reading = asyncio.Lock()
 
     def asked(self, offer: Offer, pilot: PilotInfo) -> None:
         """A get_job came."""
@@ -168,33 +212,32 @@ class Askers:
         Raises ClientFault(forbidden). Safe to retry: yes.
         """
         access.require_role(call.principal, "user", "admin")
-        since, is_user, vo = self._clock.now() - call.since_s, call.principal.role == "user", call.principal.vo
+        is_user = call.principal.role == "user"
+        latest = _Latest(call.limit, self._clock.now() - call.since_s, call.principal.vo if is_user else None)
         names = sorted(self._queues.keys() if call.queues is None else self._queues.keys() & set(call.queues))
         if not is_user and call.principal.authority != authority:
             names = []
-        found: list[tuple[float, str, str]] = []
-        for name in names:
-            for pilot, one in reversed(self._queues[name].pilots.items()):
-                if one.last_at < since:
-                    break
-                if not is_user or one.vos is None or vo in one.vos:
-                    found.append((one.last_at, name, pilot))
-        latest = heapq.nlargest(call.limit, found)
+        queues = []
+        # One reader at a time, and the others' turn after each piece: a page holds up nobody who dispatches.
+        async with self._reading:
+            pauses = Pauses()
+            for name in names:
+                known = self._queues.get(name)
+                if known is not None:
+                    latest.take(name, known)
+                    queues.append(self._shown(name))
+                    await pauses.after(UNITS_PER_QUEUE + len(known.pilots) // PILOTS_PER_UNIT)
         return ShardPilotsAnswer(
-            shard=shard,
-            window_s=WINDOW_S,
-            queues=[
-                QueueSeen(
-                    queue=name,
-                    last_asked_at=self.last_at(name) or None,
-                    n_pilots=self.n_pilots(name),
-                    n_asked=self.n_asked(name),
-                    n_given=self.n_given(name),
-                )
-                for name in names
-            ],
-            pilots=[_shown(pilot, name, self._queues[name].pilots[pilot]) for _, name, pilot in latest],
-            n_left_out=len(found) - len(latest),
+            shard=shard, window_s=WINDOW_S, queues=queues, pilots=latest.shown(), n_left_out=latest.n_left_out
+        )
+
+    def _shown(self, queue: str) -> QueueSeen:
+        return QueueSeen(
+            queue=queue,
+            last_asked_at=self.last_at(queue) or None,
+            n_pilots=self.n_pilots(queue),
+            n_asked=self.n_asked(queue),
+            n_given=self.n_given(queue),
         )
 
     async def load(self) -> None:

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from culm.states import FINAL, UNREADY, State
 from culm.wire import CauseCode, Refused
+from culm.words import counted
 
 MIN_JOBS: Final = 10
 """Fewer above the usual are no pile-up."""
@@ -30,9 +31,15 @@ class Level(NamedTuple):
     n_now: int = 0
     n_sum: int = 0
     """Over all samples."""
-    n_first: int = 0
     n_last: int = 0
-    """In the oldest and in the newest sample."""
+    """In the newest sample."""
+    n_grown: int = 0
+    """From the oldest to the newest sample, without what went: a final state shrinks by what was dropped only."""
+
+    @property
+    def n_since(self) -> int:
+        """More of a final state than in the newest sample; 0 in the hour in which a month was dropped."""
+        return max(0, self.n_now - self.n_last)
 
 
 class Window(NamedTuple):
@@ -74,7 +81,7 @@ class Asking:
     n_classes: int = 0
     """Requirement classes with ready jobs."""
     n_refused: int = 0
-    """Those of them that no pilot which asked lately can take."""
+    """Those of them that no pilot which asked lately can take; if none did: no computing queue offers enough for."""
     refused: Refused | None = None
     """What most of those are refused for."""
 
@@ -133,10 +140,9 @@ def _grown(state: State, level: Level, window: Window) -> Growth | None:
 
 def _failing(levels: Mapping[State, Level], window: Window) -> Growth | None:
     level = levels.get(State.FAILED, Level())
-    n_failed = level.n_now - level.n_last
-    n_ended = sum(levels[state].n_now - levels[state].n_last for state in FINAL & levels.keys())
+    n_failed, n_ended = level.n_since, _ended(levels)
     before_s, since_s = window.last_at - window.first_at, window.now - window.last_at
-    usual = (level.n_last - level.n_first) / before_s * since_s if before_s > 0 else 0.0
+    usual = level.n_grown / before_s * since_s if before_s > 0 else 0.0
     if n_failed - usual < MIN_JOBS or n_failed < MIN_PACE * usual or n_failed < MIN_FAILED * n_ended:
         return None
     return Growth(State.FAILED, n_failed, round(usual), 0)
@@ -164,19 +170,24 @@ def _of_ready(levels: Mapping[State, Level], window: Window, asking: Asking) -> 
     if asking.n_offline == asking.n_queues:
         because = f": {asking.reason}" if asking.reason else ""
         return Cause("site_offline", f"every computing queue where they may run is offline{because}")
-    if not asking.n_asked:
+    refused = asking.refused
+    none_fits = refused is not None and asking.n_refused == asking.n_classes
+    if not asking.n_asked and not none_fits:
         last = f"the last one {_hours(window.now - asking.last_at)} ago" if asking.last_at else "none ever did"
         return Cause("no_pilot_asked", f"no pilot has asked in the last minutes; {last}")
-    refused = asking.refused
-    if refused is not None and asking.n_refused == asking.n_classes:
-        told = f"{asking.n_pilots} pilots ask, and none can take any of them; most are refused for {refused.code}"
-        told += f": needed {refused.needed}, offered {refused.offered or 'none'}"
+    if refused is not None and none_fits:
+        asked = counted(asking.n_pilots, "pilot asks", "pilots ask") + ", and none can take any of them"
+        told = asked if asking.n_asked else "no computing queue offers what any of them needs, and no pilot asks"
+        told += "; most are refused for "
+        told += f"{refused.code}: needed {refused.needed}, offered {refused.offered or 'none'}"
         return Cause("pilots_do_not_fit", told, refused.example)
-    n_came = max(0, sum(level.n_now - level.n_last for level in levels.values()))
+    n_there = sum(level.n_now - level.n_last for state, level in levels.items() if state not in FINAL)
+    n_came = max(0, n_there + _ended(levels))
     n_left = max(0, n_came - sum(levels[state].n_now - levels[state].n_last for state in _QUEUED & levels.keys()))
     told = f"in {_hours(window.now - window.last_at)} {n_came} jobs came and {n_left} left the queue"
     if refused is not None:
-        told += f"; {asking.n_refused} of {asking.n_classes} kinds of jobs no pilot can take ({refused.code})"
+        kinds = counted(asking.n_classes, "kind of job", "kinds of jobs")
+        told += f"; {asking.n_refused} of {kinds} no pilot can take ({refused.code})"
     return Cause("more_arrives_than_is_dispatched", told, refused.example if refused is not None else None)
 
 
@@ -184,8 +195,7 @@ def _of_running(state: State, levels: Mapping[State, Level], window: Window, see
     if seen.n_silent >= max(1, SILENT * seen.n_leases):
         told = f"{seen.n_silent} of {seen.n_leases} that were looked at have sent no heartbeat for most of their time"
         return Cause("heartbeats_stop", told)
-    n_ended = max(0, sum(levels[one].n_now - levels[one].n_last for one in FINAL & levels.keys()))
-    told = f"their heartbeats come; in {_hours(window.now - window.last_at)} {n_ended} jobs ended: "
+    told = f"their heartbeats come; in {_hours(window.now - window.last_at)} {_ended(levels)} jobs ended: "
     told += "more pilots work, or payloads are slow" if state is State.RUNNING else "payloads are slow to start"
     return Cause("more_starts_than_ends", told)
 
@@ -199,6 +209,10 @@ def _of_failed(window: Window, seen: Evidence) -> Cause:
         f"they failed in the last {took}; the most frequent error is {plane or 'without a plane'} {code}: {n_jobs} jobs"
     )
     return Cause("jobs_fail", told, example)
+
+
+def _ended(levels: Mapping[State, Level]) -> int:
+    return sum(levels[state].n_since for state in FINAL & levels.keys())
 
 
 def _hours(seconds: float) -> str:

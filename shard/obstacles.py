@@ -124,7 +124,7 @@ class Obstacles:
             because = f" ({queue.reason})" if queue.reason else ""
             told = f"{name} is in test{because}: its pilots take test jobs only, this one's label is {needs.label}"
             return [Reason(code="queue_in_test", text=told, queue=name)], None
-        refused = refusals(needs, _widest(name, queue, needs))
+        refused = refusals(needs, widest(name, queue, needs))
         if refused:
             return [_refusal(name, one) for one in refused], None
         if not offers:
@@ -154,7 +154,7 @@ def _queues_of(topology: Topology, slot: int) -> dict[str, Queue]:
     }
 
 
-def _widest(name: str, queue: Queue, needs: Requirements) -> Offer:
+def widest(name: str, queue: Queue, needs: Requirements) -> Offer:
     """What the best pilot of a computing queue could offer: what this refuses no pilot of it will ever take."""
     return Offer(
         queue=name,

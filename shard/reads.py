@@ -140,6 +140,8 @@ async def read_errors(database: Database, shard: str, call: ShardErrors) -> Shar
             )
             for row in rows
         ],
+        n_left_out=rows[0][6] - len(rows) if rows else 0,
+        n_jobs_left_out=int(rows[0][7] - sum(row[3] for row in rows)) if rows else 0,
     )
 
 
@@ -147,16 +149,18 @@ async def read_counts(database: Database, shard: str, call: ShardCounts) -> Shar
     """Jobs by slot and state, as the tallies have it. Raises Unavailable."""
     rows = await database.run("user", lambda tx: tx.fetch("counts"))
     now = await database.run("user", lambda tx: tx.fetch("database_time"))
-    owners = await _fetch(database, "owner_counts", MAX_OWNERS)
+    rows_of_owners = await _fetch(database, "owner_counts", MAX_OWNERS)
+    owners = {owner: int(n_jobs) for owner, n_jobs, _ in rows_of_owners}
     if call.account:
         [[n_own]] = await _fetch(database, "owner_count", call.account)
-        owners = [*owners, *([(call.account, n_own)] if n_own else [])]
+        owners |= {call.account: int(n_own)} if n_own else {}
     archived = await _fetch(database, "archived_counts")
     return ShardCountsAnswer(
         shard=shard,
         at=now[0][0] / _MICROSECONDS,
         counts=_slot_counts(rows),
-        owners={owner: int(n_jobs) for owner, n_jobs in owners},
+        owners=owners,
+        n_owners=rows_of_owners[0][2] if rows_of_owners else 0,
         archived=_slot_counts(archived),
     )
 

@@ -63,11 +63,11 @@ class Samples:
             if reach.holds(slot, of_vo):
                 of_slot = levels.setdefault(slot, {})
                 of_slot[state] = Level(of_slot.get(state, Level()).n_now + n_jobs)
-        arguments = (first, last, first, last, *reach.arguments)
+        arguments = (last, first, first, last, *reach.arguments)
         rows = await self._database.run("user", lambda tx: tx.fetch("sampled_levels", *arguments))
-        for slot, name, n_sum, n_first, n_last in rows:
+        for slot, name, n_sum, n_last, n_grown in rows:
             of_slot, state = levels.setdefault(slot, {}), State(name)
-            of_slot[state] = Level(of_slot.get(state, Level()).n_now, int(n_sum), int(n_first), int(n_last))
+            of_slot[state] = Level(of_slot.get(state, Level()).n_now, int(n_sum), int(n_last), int(n_grown))
         return Window(len(before), first_at, last_at, now), levels
 
     async def _counted(self) -> Counter[tuple[int, State, str]]:

@@ -5,7 +5,7 @@ fits, the job waits its turn, and that is the whole answer; else each computing 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,17 +13,19 @@ from typing import Final
 
 from culm import access
 from culm.errors import ClientFault
-from culm.matching import Offer, Requirements, refusals
+from culm.matching import Offer, Requirements, matches, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
 from culm.wire import Principal, QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
+from culm.words import counted
 from shard.archive import find_archived_rows
 from shard.askers import WINDOW_S, Askers
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 from shard.growth import Asking
 from shard.hints import ClassKey
-from shard.obstacles import NO_QUEUE, Obstacles
+from shard.obstacles import NO_QUEUE, Obstacles, widest
+from shard.pauses import Pauses
 
 MAX_AHEAD: Final = 10_000
 MAX_REASONS: Final = 50
@@ -32,7 +34,11 @@ MAX_CLASSES: Final = 200
 MAX_OFFERS: Final = 64
 """Offers that the classes of one slot are held against when it is asked why it piles up."""
 CLASSES_PER_STATEMENT: Final = 100
+UNITS_PER_QUEUE: Final = 100
+"""What it takes to count the pilots of a computing queue, as `shard.pauses` counts."""
 _MICROSECONDS: Final = 1_000_000
+_What = tuple[str, str, str]
+"""Why a class is refused, what was needed, what was offered."""
 _AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
 
 
@@ -100,6 +106,8 @@ class Why:
     async def asking(self, topology: Topology, slot: int, who: Principal) -> Asking:
         """What is known of the pilots that may take from a slot, held against the jobs that the caller may read.
 
+        Where none has asked lately the jobs are held against the best that its computing queues allow.
+
         Raises Unavailable. Safe to retry: yes.
         """
         queues, askers = self._obstacles.queues(topology, slot), self._askers
@@ -108,20 +116,21 @@ class Why:
         each = max(1, MAX_OFFERS // max(1, len(asking)))
         offers = [offer for name in asking for offer in askers.offers(name)[:each]][:MAX_OFFERS]
         seen = self._visible([key for key in self._classes.active() if key.slot == slot], who)
-        refused: dict[tuple[str, str, str], list[ClassKey]] = {}
-        n_refused = 0
-        for key, needs in seen if offers else ():
-            nearest = min((refusals(needs, offer) for offer in offers), key=len)
-            n_refused += bool(nearest)
-            for one in nearest:
-                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+        best = {name: queues[name] for name in online} if not offers and len(online) <= MAX_OFFERS else {}
+        n_refused, refused = await _refused(
+            seen, lambda needs: offers or [widest(name, queue, needs) for name, queue in best.items()]
+        )
+        n_pilots, pauses = 0, Pauses()
+        for name in online:
+            n_pilots += askers.n_pilots(name)
+            await pauses.after(UNITS_PER_QUEUE)
         most = max(refused.items(), key=lambda item: len(item[1]), default=None)
         return Asking(
             n_queues=len(queues),
             n_offline=len(queues) - len(online),
             reason=next((queue.reason for queue in queues.values() if queue.status == "offline" and queue.reason), ""),
             n_asked=sum(map(askers.n_asked, online)),
-            n_pilots=sum(map(askers.n_pilots, online)),
+            n_pilots=n_pilots,
             last_at=max(map(askers.last_at, online), default=0.0),
             n_classes=len(seen),
             n_refused=n_refused,
@@ -162,8 +171,9 @@ class Why:
             told = f"it is the next one for the pilots of {name}"
             last = self._askers.last_at(name) or None
             return Reason(code="ready_to_run", text=told, queue=name, n_ahead=0, rate_per_s=rate, since=last)
-        many = "more than 10,000" if n_ahead >= MAX_AHEAD else f"{n_ahead}"
-        told = f"{many} ready jobs rank before it for the pilots of {name}"
+        many = "more than 10,000 ready jobs rank"
+        many = many if n_ahead >= MAX_AHEAD else counted(n_ahead, "ready job ranks", "ready jobs rank")
+        told = f"{many} before it for the pilots of {name}"
         told += f"; {rate:.2f} a second were given lately" + (f", that is {n_ahead / rate:.0f} s" if rate else "")
         return Reason(code="behind_others", text=told, queue=name, n_ahead=n_ahead, rate_per_s=rate)
 
@@ -171,11 +181,8 @@ class Why:
 
     async def _of_queue(self, name: str, queue: Queue, seen: Sequence[tuple[ClassKey, Requirements]]) -> QueueWhy:
         askers, offers = self._askers, self._askers.offers(name)
-        refused: dict[tuple[str, str, str], list[ClassKey]] = {}
-        for key, needs in seen if offers else ():
-            per_offer = [refusals(needs, offer) for offer in offers]
-            for one in min(per_offer, key=len):
-                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+        # Before a pilot has asked: what the computing queue itself cannot give to any.
+        _, refused = await _refused(seen, lambda needs: offers or [widest(name, queue, needs)])
         told = [await self._told(*item) for item in sorted(refused.items())]
         return QueueWhy(
             queue=name,
@@ -188,7 +195,7 @@ class Why:
             refused=[one for one in told if one is not None],
         )
 
-    async def _told(self, what: tuple[str, str, str], keys: Sequence[ClassKey]) -> Refused | None:
+    async def _told(self, what: _What, keys: Sequence[ClassKey]) -> Refused | None:
         """A refusal with one of its jobs; None where those are gone."""
         best = await self._database.run("user", partial(_best, key=keys[0]))
         if not best:
@@ -206,6 +213,22 @@ class Why:
 
     async def _fetch(self, statement: str, identifier: int) -> list[Row]:
         return await self._database.run("user", lambda tx: tx.fetch(statement, identifier))
+
+
+async def _refused(
+    seen: Iterable[tuple[ClassKey, Requirements]], offers_for: Callable[[Requirements], Sequence[Offer]]
+) -> tuple[int, dict[_What, list[ClassKey]]]:
+    """How many classes fit none of the offers for them, and those by what keeps them from the offer that is nearest."""
+    n_refused, refused = 0, dict[_What, list[ClassKey]]()
+    pauses = Pauses()
+    for key, needs in seen:
+        offers = offers_for(needs)
+        await pauses.after(1 + len(offers))
+        if offers and not any(matches(needs, offer) for offer in offers):
+            n_refused += 1
+            for one in min((refusals(needs, offer) for offer in offers), key=len):
+                refused.setdefault((one.reason, one.needed, one.offered), []).append(key)
+    return n_refused, refused
 
 
 async def _count_before(tx: Transaction, place: _Place, keys: Sequence[ClassKey]) -> int:

@@ -83,9 +83,9 @@ class Cluster:
 
     def audit(self) -> list[str]:
         """What the audit finds, a line each."""
-        return [
-            f"{one.invariant} {one.rule} {one.subject} {one.text}" for one in audit.run(self.layout.folder).findings
-        ]
+        report = audit.run(self.layout.folder)
+        assert not report.missing_shards, report.missing_shards
+        return [f"{one.invariant} {one.rule} {one.subject} {one.text}" for one in report.findings]
 
     def culm(self, *words: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
         """Run the command line on this cluster; `--dir` is added after the words that name the command."""

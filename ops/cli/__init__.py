@@ -3,15 +3,17 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from typing import Any, Final
 
 import click
 
 from culm import __version__
-from culm.errors import CulmError, Unavailable
+from culm.errors import ClientFault, CulmError, Unavailable
 from ops.cli import exits
 from ops.cli.lazy import LazyGroup, Place
+from ops.cli.text import say
 
 _COMMANDS: Final = {
     "up": Place("ops.cli.cluster", "up", "start a cluster on this machine"),
@@ -45,6 +47,10 @@ _COMMANDS: Final = {
 }
 
 
+_HALF: Final = re.compile("[\ud800-\udfff]")
+"""What the system's bytes become that are not UTF-8."""
+
+
 class _Culm(LazyGroup):
     def invoke(self, context: click.Context) -> Any:
         """Ctrl-C is one of our errors, with an exit code of its own."""
@@ -52,6 +58,13 @@ class _Culm(LazyGroup):
             return super().invoke(context)
         except KeyboardInterrupt:
             raise CulmError("interrupted", "interrupted") from None
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Raises ClientFault(bad_argument) for one that is no text: what JSON and our files can hold is UTF-8."""
+        for one in args:
+            if _HALF.search(one):
+                raise ClientFault("bad_argument", f"the argument {one[:80]!r} is not UTF-8")
+        return super().parse_args(context, args)
 
 
 @click.group(cls=_Culm, places=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}, epilog=exits.EPILOG)
@@ -82,6 +95,6 @@ def _exit_code() -> int:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except CulmError as error:
         hint = "; try again later" if isinstance(error, Unavailable) and error.code != "not_running" else ""
-        click.echo(f"culm: {error.message} ({error.code}){hint}", err=True)
+        say(f"culm: {error.message} ({error.code}){hint}", err=True)
         return exits.of(error)
     return 0

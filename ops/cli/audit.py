@@ -11,9 +11,11 @@ from rich.table import Table
 from culm import settings, topology_store
 from culm.errors import ClientFault
 from culm.topology import Topology
+from culm.words import counted
 from ops import audit as auditing
 from ops.cli import exits
-from ops.cli.options import DIR, OUTPUT, console
+from ops.cli.options import DIR, OUTPUT, console, require_whole
+from ops.cli.text import say
 from ops.cluster.layout import Layout
 
 
@@ -30,7 +32,8 @@ from ops.cluster.layout import Layout
 def audit(folder: Path, output: str, configs: tuple[Path, ...]) -> None:
     """Check the stored data of all shards: nothing lost, nothing twice, every count right. Reads only.
 
-    Exit code 6 if anything was found. It may run beside live traffic.
+    Exit code 6 if anything was found, 4 if a shard's database could not be read: of that one nothing is proved. It may
+    run beside live traffic.
 
     \b
     Examples:
@@ -43,16 +46,19 @@ def audit(folder: Path, output: str, configs: tuple[Path, ...]) -> None:
     else:
         out = console()
         states = ", ".join(f"{n} {state}" for state, n in report.states.items()) or "no jobs"
-        out.print(f"{report.n_jobs} jobs on {', '.join(report.shards)}: {states}")
+        out.print(f"{counted(report.n_jobs, 'job')} on {', '.join(report.shards)}: {states}")
         if report.findings:
             table = Table("invariant", "rule", "shard", "job or slot", "what")
             for one in report.findings:
                 table.add_row(one.invariant, one.rule, one.shard, str(one.subject), one.text)
             out.print(table)
         n_findings = len(report.findings)
-        out.print("audit: nothing found" if not n_findings else f"audit: {n_findings} findings")
+        out.print("audit: nothing found" if not n_findings else f"audit: {counted(n_findings, 'finding')}")
+    for name, why in report.missing_shards.items():
+        say(f"{name} was not audited: {why}", err=True)
     if report.findings:
         sys.exit(exits.FINDINGS)
+    require_whole(report.missing_shards)
 
 
 def run(folder: Path, configs: tuple[Path, ...] = ()) -> auditing.AuditReport:

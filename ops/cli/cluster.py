@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -146,7 +147,7 @@ def status(folder: Path, output: str) -> None:
     console().print(table)
     for authority, phase in phases.items():
         if phase != "up":
-            click.echo(f"{authority}: {phase}")
+            click.echo(f"{authority}: {phase}" + ("" if authority in alive else f" (culm up --region {authority})"))
 
 
 def _since_s(at: float, now: float) -> float:
@@ -173,5 +174,7 @@ def logs(folder: Path, follow: bool, names: tuple[str, ...]) -> None:
         found = [path for path in found if path.stem in names]
     if not found:
         raise ClientFault("no_log", f"no logs in {folder}", http_status=404)
+    # Python ignores a reader that went away, and tail would inherit that and complain.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # It takes our place: Ctrl-C and a closed pipe end it as they end any tail.
     os.execvp("tail", ["tail", "-n", "20", *(["-F"] if follow else []), *map(str, found)])  # noqa: S606

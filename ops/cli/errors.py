@@ -8,6 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import ErrorsAnswer
+from culm.words import counted
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
@@ -18,6 +19,8 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_wh
 @click.option("--hours", type=click.IntRange(1, 720), default=24, show_default=True, help="The last so many.")
 def errors(folder: Path, authority: str, output: str, hours: int) -> None:
     """Show what jobs failed of, by plane, code and site, the most frequent first.
+
+    Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -32,8 +35,12 @@ def errors(folder: Path, authority: str, output: str, hours: int) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        require_whole(answer.missing_shards)
-        return
+    else:
+        _show(answer, hours)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: ErrorsAnswer, hours: int) -> None:
     if answer.errors:
         table = Table("plane", "code", "site", "region", "jobs", "last in the hour of", "example")
         for row in answer.errors:
@@ -41,5 +48,7 @@ def errors(folder: Path, authority: str, output: str, hours: int) -> None:
             table.add_row(*what, str(row.n_jobs), utc(row.last_at), str(row.example))
         console().print(table)
     else:
-        click.echo(f"no job failed in the last {hours} hours")
-    require_whole(answer.missing_shards)
+        click.echo(f"no job failed in the last {counted(hours, 'hour')}")
+    if answer.n_left_out:
+        jobs, kinds = counted(answer.n_jobs_left_out, "more job"), counted(answer.n_left_out, "rarer error")
+        click.echo(f"not shown: {jobs}, of up to {kinds}", err=True)

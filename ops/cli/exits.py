@@ -13,8 +13,8 @@ FINDINGS: Final = 6
 INTERRUPTED: Final = 130
 
 EPILOG: Final = (
-    "Exit codes: 0 done, 1 failed, 2 wrong use, 3 not found, 4 unavailable (try again), 5 refused, 6 the audit found "
-    "something, 130 interrupted."
+    "Exit codes: 0 done, 1 failed, 2 wrong use, 3 not found, 4 unavailable, or not all shards answered (try again), "
+    "5 refused, 6 the audit found something, 130 interrupted."
 )
 _BY_STATUS: Final = {400: USAGE, 401: REFUSED, 403: REFUSED, 404: NOT_FOUND, 409: REFUSED, 503: UNAVAILABLE}
 

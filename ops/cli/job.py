@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,30 @@ from rich.table import Table
 
 from culm.client import Client
 from culm.errors import ClientFault, Unavailable
+from culm.ids import MAX_JOB_ID
 from culm.moments import moment
+from culm.priorities import MAX_PRIORITY
 from culm.states import FINAL, State
-from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest, SubmitWarning
+from culm.wire import (
+    MAX_IDS_PER_CALL,
+    CancelAnswer,
+    CancelRequest,
+    JobRow,
+    JobsAnswer,
+    JobSpec,
+    JobsQuery,
+    SubmitRequest,
+    SubmitWarning,
+)
 from ops.cli import exits
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, WHO, acts_by_default, console, require_whole, router, utc
+from ops.cli.registry import by_name
+from ops.cli.text import say
 
 WATCH_S: Final = 1.0
+ID: Final = click.IntRange(1, MAX_JOB_ID)
+"""A job's or a jobset's number."""
+AMOUNT: Final = click.IntRange(0, 2**31 - 1)
 
 
 @click.group()
@@ -30,18 +48,24 @@ def job() -> None:
 @job.command(context_settings={"ignore_unknown_options": True})
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
 @click.option("--region", default="", help="Any site of this region.")
 @click.option("--site", default="", help="This site.")
 @click.option("--queue", default="", help="This computing queue.")
-@click.option("--name", default="")
+@click.option("--name", default="", help="For you; the lists show it.")
 @click.option("--label", default="user", show_default=True)
-@click.option("--cores", type=int, default=None, help="What is not said is as the computing queue's or VO's policy is.")
-@click.option("--memory-mb", type=int, default=0)
-@click.option("--disk-mb", type=int, default=0)
-@click.option("--walltime", "walltime_s", type=int, default=0, help="Seconds.")
-@click.option("--priority", type=int, default=None)
-@click.option("--max-attempts", type=int, default=None)
+@click.option(
+    "--cores",
+    type=click.IntRange(1, 4096),
+    default=None,
+    help="What is not said is as the computing queue's or VO's policy is.",
+)
+@click.option("--memory-mb", type=AMOUNT, default=0)
+@click.option("--disk-mb", type=AMOUNT, default=0)
+@click.option("--walltime", "walltime_s", type=AMOUNT, default=0, help="Seconds.")
+@click.option("--priority", type=click.IntRange(0, MAX_PRIORITY), default=None)
+@click.option("--max-attempts", type=click.IntRange(1, 50), default=None)
 @click.option("--count", type=click.IntRange(1, 2000), default=1, show_default=True, help="So many copies of it.")
 @click.option("--key", default="", help="Idempotency key: the same key and jobs give the same ids.")
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -59,7 +83,7 @@ def submit(
     try:
         spec = msgspec.convert(given | {"argv": list(argv)}, JobSpec)
     except msgspec.ValidationError as error:
-        raise ClientFault("bad_job", str(error)) from None
+        raise ClientFault("bad_job", by_name(str(error), "--").replace("--argv:", "ARGV:")) from None
     request = SubmitRequest(idempotency_key=key or secrets.token_hex(12), jobs=[spec] * count)
 
     async def ask() -> Any:
@@ -71,6 +95,8 @@ def submit(
         click.echo(msgspec.json.encode(answer))
     else:
         click.echo("\n".join(map(str, answer.ids)))
+        # Not among the ids: those are for the next command.
+        click.echo(f"jobset {answer.jobset}", err=True)
         for warning in answer.warnings:
             _warn(warning, answer.ids)
 
@@ -78,28 +104,34 @@ def submit(
 def _warn(warning: SubmitWarning, ids: list[int | None]) -> None:
     """Say beside the ids which job waits for what; `culm job why` says it again when it is asked."""
     others = f" and {warning.n_jobs - 1} more like it" if warning.n_jobs > 1 else ""
+    say(f"warning: nobody can run job {ids[warning.index]}{others} as things are:", err=True)
     for reason in warning.reasons:
-        told = f"warning: nobody can run job {ids[warning.index]}{others} as things are: {reason.code}: {reason.text}"
-        click.echo(told, err=True)
+        say(f"  {reason.code}: {reason.text}", err=True)
 
 
 @job.command("list")
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.option("--region", default="")
-@click.option("--site", default="")
+@click.option("--region", default="", help="Submitted to this region or a site of it.")
+@click.option("--site", default="", help="What waits at this site, and what ran there.")
 @click.option("--state", type=click.Choice([state.value for state in State]), default=None)
 @click.option("--owner", default="")
-@click.option("--jobset", type=int, default=None)
+@click.option("--jobset", type=ID, default=None)
 @click.option("--since", default="", help="Submitted since: 15m, 2h, 3d (ago) or 2026-11-25T13:00 (UTC).")
 @click.option("--until", default="", help="Submitted before; written like --since.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
 @click.option("--order", type=click.Choice(["newest", "id"]), default=None, help="[default: newest; of a jobset: id]")
 @click.option("--before", default="", help="In the order newest: where the page before ended.")
-@click.option("--after", type=int, default=0, help="In the order of the id: the last id of the page before.")
+@click.option(
+    "--after",
+    type=click.IntRange(0, MAX_JOB_ID),
+    default=0,
+    help="In the order of the id: the last id of the page before.",
+)
 def list_jobs(folder: Path, authority: str, output: str, state: str | None, **filters: Any) -> None:
-    """List jobs over all shards, the newest first; shards that gave no answer are named.
+    """List jobs over all shards, the newest first. Exit code 4 if a shard gave no answer: it is named.
 
     \b
     Examples:
@@ -118,24 +150,30 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
     page = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(page))
-        require_whole(page.missing_shards)
-        return
+    else:
+        _show_page(page)
+    require_whole(page.missing_shards)
+
+
+def _show_page(page: JobsAnswer) -> None:
     if not page.jobs:
         click.echo("no jobs" + ("" if not page.missing_shards else " on the shards that answered"))
+        if acts_by_default():
+            click.echo("the user demo sees jobs of VO demo; --as admin sees those of all", err=True)
     else:
         console().print(_table(page.jobs))
     if page.next is not None:
         click.echo(f"more: --after {page.next}", err=True)
     if page.before is not None:
         click.echo(f"more: --before {page.before}", err=True)
-    require_whole(page.missing_shards)
 
 
 @job.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("job_id", type=int)
+@click.argument("job_id", type=ID)
 def show(folder: Path, authority: str, output: str, job_id: int) -> None:
     """Show one job with its history and reports.
 
@@ -155,6 +193,10 @@ def show(folder: Path, authority: str, output: str, job_id: int) -> None:
         return
     out = console()
     out.print(_table([view.job]))
+    row, spec = view.job, view.spec
+    named = f"name {row.name}, " if row.name else ""
+    out.print(f"{named}jobset {row.jobset}, VO {row.vo or '(none)'}, label {row.label}")
+    out.print(f"runs: {spec.shell or shlex.join(spec.argv)}")
     if view.events_left_out or view.reports_left_out:
         out.print(f"not shown: {view.events_left_out} older events, {view.reports_left_out} older reports")
     table = Table("n", "event", "from", "to", "attempt", "by", "detail")
@@ -165,7 +207,8 @@ def show(folder: Path, authority: str, output: str, job_id: int) -> None:
         )
     out.print(table)
     for report in view.reports:
-        out.print(f"attempt {report.attempt}: {report.state.value}, exit code {report.exit_code}")
+        exited = f", exit code {report.exit_code}" if report.exit_code is not None else ""
+        out.print(f"attempt {report.attempt}: {report.state.value}{exited}")
         if report.error:
             out.print(f"  {report.error.plane} {report.error.code}: {report.error.text}")
         for name, text in (("stdout", report.stdout_tail), ("stderr", report.stderr_tail)):
@@ -176,8 +219,9 @@ def show(folder: Path, authority: str, output: str, job_id: int) -> None:
 @job.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("job_id", type=int)
+@click.argument("job_id", type=ID)
 def why(folder: Path, authority: str, output: str, job_id: int) -> None:
     """Say why a job is not running, or what it does: the code that dispatches explains.
 
@@ -197,14 +241,15 @@ def why(folder: Path, authority: str, output: str, job_id: int) -> None:
         return
     click.echo(f"job {job_id} is {answer.state.value if answer.state else 'where it was last seen'}")
     for reason in answer.reasons:
-        click.echo(f"  {reason.code}: {reason.text}" + (f" (last {utc(reason.since)})" if reason.since else ""))
+        say(f"  {reason.code}: {reason.text}" + (f" (last {utc(reason.since)})" if reason.since else ""))
 
 
 @job.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("job_id", type=int)
+@click.argument("job_id", type=ID)
 def history(folder: Path, authority: str, output: str, job_id: int) -> None:
     """Show every transition of a job: when, by whom, and what was said.
 
@@ -234,10 +279,17 @@ def history(folder: Path, authority: str, output: str, job_id: int) -> None:
 @job.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.option("--jobset", type=int, default=None, help="All jobs of it.")
-@click.option("--timeout", "timeout_s", type=float, default=0.0, help="Give up after so many seconds; 0: never.")
-@click.argument("ids", nargs=-1, type=int)
+@click.option("--jobset", type=ID, default=None, help="All jobs of it.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    help="Give up after so many seconds; 0: never.",
+)
+@click.argument("ids", nargs=-1, type=ID)
 def watch(
     folder: Path, *, authority: str, output: str, jobset: int | None, timeout_s: float, ids: tuple[int, ...]
 ) -> None:
@@ -248,8 +300,7 @@ def watch(
       culm job watch 1 2
       culm job watch --jobset 204711 --timeout 600
     """
-    if bool(ids) == (jobset is not None):
-        raise ClientFault("bad_watch", "either ids or --jobset is needed")
+    _require_one(ids, jobset, "bad_watch")
 
     async def follow() -> dict[int, JobRow]:
         deadline = time.monotonic() + timeout_s if timeout_s else None
@@ -260,8 +311,10 @@ def watch(
                 for row in rows:
                     before = seen.get(row.id)
                     if before is None or before.state is not row.state:
-                        line = f"{utc(row.modified_at)} {row.id} {row.state.value} {row.host}".rstrip()
-                        click.echo(msgspec.json.encode(row) if output == "json" else line)
+                        if output == "json":
+                            click.echo(msgspec.json.encode(row))
+                        else:
+                            say(f"{utc(row.modified_at)} {row.id} {row.state.value} {row.host}".rstrip())
                     seen[row.id] = row
                 if all(row.state in FINAL for row in seen.values()):
                     return seen
@@ -274,13 +327,20 @@ def watch(
         sys.exit(exits.FAILED)
 
 
+def _require_one(ids: tuple[int, ...], jobset: int | None, code: str) -> None:
+    """Raises ClientFault with that code."""
+    if ids and jobset is not None:
+        raise ClientFault(code, "ids and --jobset were both given: one of them says which jobs are meant")
+    if not ids and jobset is None:
+        raise ClientFault(code, "ids or --jobset must say which jobs are meant")
+
+
 async def _rows(client: Client, ids: tuple[int, ...], jobset: int | None) -> list[JobRow]:
     """Raises ClientFault(unknown_jobset) for one without jobs, Unavailable(missing_shards)."""
     if jobset is None:
         return [(await client.job(identifier)).job for identifier in ids]
     rows, missing = await client.all_jobs(JobsQuery(jobset=jobset, limit=1000))
-    if missing:
-        raise Unavailable("missing_shards", f"no answer from: {', '.join(missing)}")
+    require_whole(missing)
     if not rows:
         raise ClientFault("unknown_jobset", f"no job of jobset {jobset} is known", http_status=404)
     return rows
@@ -289,9 +349,10 @@ async def _rows(client: Client, ids: tuple[int, ...], jobset: int | None) -> lis
 @job.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.option("--jobset", type=int, default=None, help="All jobs of it that failed or were ended.")
-@click.argument("ids", nargs=-1, type=int)
+@click.option("--jobset", type=ID, default=None, help="All jobs of it that failed or were ended.")
+@click.argument("ids", nargs=-1, type=ID)
 def retry(folder: Path, *, authority: str, output: str, jobset: int | None, ids: tuple[int, ...]) -> None:
     """Submit jobs again that failed, were cancelled or closed: a new job each, in the same jobset; the ids are printed.
 
@@ -302,13 +363,17 @@ def retry(folder: Path, *, authority: str, output: str, jobset: int | None, ids:
       culm job retry 1 2
       culm job retry --jobset 204711
     """
-    if bool(ids) == (jobset is not None):
-        raise ClientFault("bad_retry", "either ids or --jobset is needed")
+    _require_one(ids, jobset, "bad_retry")
+
+    known: set[int] = set()
 
     async def ask() -> dict[int, int]:
         made: dict[int, int] = {}
         async with router(folder, authority=authority) as client:
-            for row in await _rows(client, ids, jobset):
+            rows = await _rows(client, ids, jobset)
+            for number in {row.jobset for row in rows}:
+                known.update(row.id for row in (await client.all_jobs(JobsQuery(jobset=number, limit=1000)))[0])
+            for row in rows:
                 if row.state in FINAL - {State.FINISHED}:
                     made[row.id] = await _retry(client, row.id)
                 elif jobset is None:
@@ -319,7 +384,8 @@ def retry(folder: Path, *, authority: str, output: str, jobset: int | None, ids:
     if output == "json":
         click.echo(msgspec.json.encode({str(old): new for old, new in made.items()}))
     elif made:
-        click.echo("\n".join(f"{old} -> {new}" for old, new in made.items()))
+        for old, new in made.items():
+            click.echo(f"{old} -> {new}" + (" (was retried before)" if new in known else ""))
     else:
         click.echo("nothing to retry")
 
@@ -335,9 +401,10 @@ async def _retry(client: Client, identifier: int) -> int:
 @job.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.option("--jobset", type=int, default=None, help="All jobs of it.")
-@click.argument("ids", nargs=-1, type=int)
+@click.option("--jobset", type=ID, default=None, help="All jobs of it.")
+@click.argument("ids", nargs=-1, type=ID)
 def kill(folder: Path, *, authority: str, output: str, jobset: int | None, ids: tuple[int, ...]) -> None:
     """End jobs by id, or a whole jobset. Running payloads end at their next heartbeat.
 
@@ -346,15 +413,17 @@ def kill(folder: Path, *, authority: str, output: str, jobset: int | None, ids: 
       culm job kill 1 2
       culm job kill --jobset 204711
     """
-
-    if bool(ids) == (jobset is not None):
-        raise ClientFault("bad_cancel", "exactly one is needed: ids or --jobset")
+    _require_one(ids, jobset, "bad_cancel")
 
     async def ask() -> CancelAnswer:
         async with router(folder, authority=authority) as client:
             if jobset is not None:
                 return await client.cancel_jobset(jobset)
-            return await client.cancel(CancelRequest(ids=list(ids)))
+            parts = []
+            for start in range(0, len(ids), MAX_IDS_PER_CALL):
+                parts.append(await client.cancel(CancelRequest(ids=list(ids[start : start + MAX_IDS_PER_CALL]))))
+            missing = {shard for part in parts for shard in part.missing_shards}
+            return CancelAnswer(jobs=[one for part in parts for one in part.jobs], missing_shards=sorted(missing))
 
     answer = asyncio.run(ask())
     if output == "json":
@@ -381,8 +450,8 @@ def _require_all_ended(answer: CancelAnswer, jobset: int | None) -> None:
 
 
 def _table(rows: list[JobRow]) -> Table:
-    table = Table("id", "state", "site", "queue", "owner", "priority", "attempt", "lost", "host")
+    table = Table("id", "state", "site", "queue", "owner", "priority", "attempt", "lost", "host", "name")
     for row in rows:
         numbers = (str(row.priority), str(row.attempt), f"{row.lost} of {row.max_attempts}")
-        table.add_row(str(row.id), row.state.value, row.site, row.queue, row.owner, *numbers, row.host)
+        table.add_row(str(row.id), row.state.value, row.site, row.queue, row.owner, *numbers, row.host, row.name)
     return table

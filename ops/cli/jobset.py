@@ -1,7 +1,6 @@
 """`culm jobset show|kill|retry`."""
 
 import asyncio
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import msgspec
 
 from culm.errors import ClientFault
 from culm.wire import JobRow, JobsQuery
-from ops.cli import exits
+from culm.words import counted
+from ops.cli.job import ID
 from ops.cli.job import kill as kill_jobs
 from ops.cli.job import retry as retry_jobs
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, router
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, WHO, require_whole, router
 
 
 @click.group()
@@ -24,8 +24,9 @@ def jobset() -> None:
 @jobset.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("number", type=int)
+@click.argument("number", type=ID)
 def show(folder: Path, authority: str, output: str, number: int) -> None:
     """Count the jobs of a jobset by state. Exit code 4 if a shard gave no answer: its jobs are not counted.
 
@@ -44,21 +45,20 @@ def show(folder: Path, authority: str, output: str, number: int) -> None:
         raise ClientFault("unknown_jobset", f"no job of jobset {number} is known", http_status=404)
     states = Counter(row.state.value for row in rows)
     if output == "json":
-        told = {"jobset": number, "n_jobs": len(rows), "states": states, "missing_shards": missing}
-        click.echo(msgspec.json.encode(told))
+        as_json = {"jobset": number, "n_jobs": len(rows), "states": states, "missing_shards": missing}
+        click.echo(msgspec.json.encode(as_json))
     else:
-        counted = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none"
-        click.echo(f"jobset {number}, {len(rows)} jobs: {counted}")
-    if missing:
-        click.echo(f"not counted, no answer from: {', '.join(missing)}", err=True)
-        sys.exit(exits.UNAVAILABLE)
+        told = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none"
+        click.echo(f"jobset {number}, {counted(len(rows), 'job')}: {told}")
+    require_whole(missing)
 
 
 @jobset.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("number", type=int)
+@click.argument("number", type=ID)
 @click.pass_context
 def kill(context: click.Context, *, folder: Path, authority: str, output: str, number: int) -> None:
     """End all jobs of a jobset, as culm job kill --jobset does.
@@ -73,8 +73,9 @@ def kill(context: click.Context, *, folder: Path, authority: str, output: str, n
 @jobset.command()
 @DIR
 @AUTHORITY
+@WHO
 @OUTPUT
-@click.argument("number", type=int)
+@click.argument("number", type=ID)
 @click.pass_context
 def retry(context: click.Context, *, folder: Path, authority: str, output: str, number: int) -> None:
     """Submit again what failed or was ended of a jobset, as culm job retry --jobset does.

@@ -8,6 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PileUpsAnswer
+from culm.words import counted
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole
 
 
@@ -18,6 +19,8 @@ from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_wh
 @click.option("--hours", type=click.IntRange(1, 720), default=6, show_default=True, help="Against so many.")
 def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     """Show which state grows where against the last hours, with the likely cause, the most jobs first.
+
+    Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -32,8 +35,12 @@ def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        require_whole(answer.missing_shards)
-        return
+    else:
+        _show(answer, hours)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: PileUpsAnswer, hours: int) -> None:
     if answer.pile_ups:
         table = Table("site", "region", "state", "jobs", "usual", "an hour ago", "likely cause", "example")
         for row in answer.pile_ups:
@@ -42,8 +49,7 @@ def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
             table.add_row(row.site, row.region, row.state, *numbers, f"{row.cause}: {row.text}", example)
         console().print(table)
     else:
-        click.echo(f"no state grows against the last {hours} hours")
+        click.echo(f"no state grows against the last {counted(hours, 'hour')}")
     for shard, n_samples in answer.n_samples.items():
         if not n_samples:
             click.echo(f"{shard} has no sample of an hour before this one yet: it cannot say", err=True)
-    require_whole(answer.missing_shards)

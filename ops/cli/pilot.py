@@ -10,6 +10,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PilotsAnswer
+from culm.words import counted
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 from ops.cluster import control
 from ops.pilot_zipapp import build as build_zipapp
@@ -24,8 +25,10 @@ def pilot() -> None:
 @DIR
 @AUTHORITY
 @click.option("--queue", required=True, help="The computing queue to ask for.")
-@click.option("--max-jobs", type=int, default=0, help="End after so many jobs.")
-@click.option("--idle-exit", type=float, default=0.0, help="End after so many seconds without work.")
+@click.option("--max-jobs", type=click.IntRange(min=0), default=0, help="End after so many jobs.")
+@click.option(
+    "--idle-exit", type=click.FloatRange(min=0.0), default=0.0, help="End after so many seconds without work."
+)
 @click.argument("more", nargs=-1)
 def run(*, folder: Path, authority: str, queue: str, max_jobs: int, idle_exit: float, more: tuple[str, ...]) -> None:
     """Run a pilot here against the cluster, until SIGTERM or as the options say.
@@ -76,6 +79,7 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
     """List the pilots that asked for work lately, the latest first: where, how often, and what they got.
 
     Counts of a pilot are from when a shard first saw it; a shard that was restarted begins anew.
+    Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -90,8 +94,12 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        require_whole(answer.missing_shards)
-        return
+    else:
+        _show(answer, minutes)
+    require_whole(answer.missing_shards)
+
+
+def _show(answer: PilotsAnswer, minutes: int) -> None:
     if answer.pilots:
         table = Table("pilot", "host", "site", "queue", "last asked", "requests", "with jobs", "jobs", "last job")
         for row in answer.pilots:
@@ -100,7 +108,6 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
             table.add_row(row.id, row.host, row.site, row.queue, utc(row.last_at), *numbers, last)
         console().print(table)
     else:
-        click.echo(f"no pilot asked in the last {minutes} minutes")
+        click.echo(f"no pilot asked in the last {counted(minutes, 'minute')}")
     if answer.n_left_out:
         click.echo(f"at least {answer.n_left_out} more are not shown (--limit)", err=True)
-    require_whole(answer.missing_shards)

@@ -1,6 +1,7 @@
 """The topology as an authority's router tells it, and the wait until a change of it is seen by the others."""
 
 import asyncio
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,8 @@ from ops.cli.options import router
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
+MIN_TIMEOUT_S: Final = 1.0
+"""Of what an operator types: no pilot gives signs of life more often."""
 SETTLE_S: Final = 10.0
 """How long the other authorities' routers may take to see a change."""
 
@@ -37,12 +40,25 @@ def fields(changes: Iterable[str], kind: type[Policy], code: str) -> dict[str, A
         name, equals, value = change.partition("=")
         if not equals:
             raise ClientFault(code, f"{change!r} is not FIELD=VALUE")
+        if name in given:
+            raise ClientFault(code, f"{name} is given twice: {given[name]!r} and {value!r}")
         given[name] = value
     try:
         described = msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ClientFault(code, str(error)) from None
-    return {name: getattr(described, name) for name in given}
+        raise ClientFault(code, by_name(str(error), "")) from None
+    values = {name: getattr(described, name) for name in given}
+    for name, value in values.items():
+        if isinstance(value, float) and 0 < value < MIN_TIMEOUT_S:
+            told = f"{name}: {value:g} s is less than {MIN_TIMEOUT_S:g}: every such job would be taken for lost"
+            raise ClientFault(code, f"{told} (0 says nothing of it)")
+    return values
+
+
+def by_name(message: str, before: str) -> str:
+    """What msgspec says of a field, by the name that the user knows it by: `before` it, and the field's own."""
+    found = re.fullmatch(r"(.*) - at `\$\.([a-z_]+).*`", message)
+    return f"{before}{found[2]}: {found[1]}" if found is not None else message
 
 
 async def settle(folder: Path, changed: ChangedAnswer) -> None:

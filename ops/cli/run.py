@@ -46,7 +46,7 @@ def router_run(config: Path) -> None:
     places={
         "run": Place("ops.cli.run", "shard_run", "run one until SIGTERM"),
         "list": Place("ops.cli.shard", "list_shards", "all shards, and which of them answer"),
-        "show": Place("ops.cli.shard", "show", "one shard with its regions, slots and jobs"),
+        "show": Place("ops.cli.shard", "show", "one shard with its regions, sites and slots"),
         "add": Place("ops.cli.shard", "add", "let a new shard join, for a new region or beside others"),
     },
 )

@@ -13,11 +13,14 @@ from rich.table import Table
 
 from culm.errors import Conflict
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
-from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
+from culm.topology import CENTRAL, Queue, SiteRegistration, Topology, register_sites
 from culm.wire import SiteWhyAnswer
+from culm.words import counted
 from ops import catalogue
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
+from ops.cli.text import say
+from ops.cli.vo import said
 
 PATIENCE_S: Final = 10.0
 """How long a change is made anew while others change the same section."""
@@ -70,11 +73,14 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
     if output == "json":
         click.echo(msgspec.json.encode(_shown(known, name)))
         return
-    click.echo(f"{name}, region {one.region}, slots {', '.join(map(str, one.slots))}")
-    table = Table("computing queue", "status", "type", "cores", "memory MB", "walltime s", "releases", "reason")
+    where = ", ".join(f"slot {slot} on {known.place(slot).shard}" for slot in one.slots)
+    click.echo(f"{name}, region {one.region}, {where}")
+    table = Table(
+        "computing queue", "status", "type", "cores", "memory MB", "walltime s", "releases", "reason", "policy"
+    )
     for queue_name, queue in sorted(one.queues.items()):
         numbers = (str(queue.cores), str(queue.memory_mb), str(queue.walltime_s), str(len(queue.releases)))
-        table.add_row(queue_name, queue.status, queue.type, *numbers, queue.reason)
+        table.add_row(queue_name, queue.status, queue.type, *numbers, queue.reason, said(queue))
     console().print(table)
 
 
@@ -84,7 +90,7 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
 @OUTPUT
 @click.argument("name")
 def why(folder: Path, authority: str, output: str, name: str) -> None:
-    """Say what the pilots of a site ask for, get, and are refused for.
+    """Say what the pilots of a site ask for, get, and are refused for. Exit code 4 if a shard gave no answer.
 
     \b
     Examples:
@@ -99,26 +105,35 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
-        require_whole(answer.missing_shards)
-        return
+    else:
+        _show_why(answer)
+    require_whole(answer.missing_shards)
+
+
+def _show_why(answer: SiteWhyAnswer) -> None:
     if not answer.queues:
-        click.echo(f"{name} has no computing queue")
+        click.echo(f"{answer.site} has no computing queue")
     for queue in answer.queues:
         because = f" ({queue.reason})" if queue.reason else ""
         asked = f"last asked {utc(queue.last_asked_at)}" if queue.last_asked_at else "never asked"
-        lately = f"in {answer.window_s / 60:.0f} min: {queue.n_asked} requests of {queue.n_pilots} pilots"
-        click.echo(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {queue.n_given} jobs given")
+        asking = f"{counted(queue.n_asked, 'request')} of {counted(queue.n_pilots, 'pilot')}"
+        lately = f"in {answer.window_s / 60:.0f} min: {asking}"
+        say(f"{queue.queue}: {queue.status}{because}, {asked}; {lately}, {counted(queue.n_given, 'job')} given")
         for one in queue.refused:
             needed = f"needed {one.needed}, offered {one.offered or 'none'}"
-            click.echo(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
-    require_whole(answer.missing_shards)
+            kinds = counted(one.n_classes, "kind of job", "kinds of jobs")
+            say(f"  {one.code}: {needed}; {kinds}, such as {one.example}")
 
 
 @site.command("set")
 @DIR
 @AUTHORITY
 @OUTPUT
-@click.option("--reason", default="", help="Kept in the audit; marks a status as set by hand.")
+@click.option(
+    "--reason",
+    default="",
+    help="Kept in the audit, and with the computing queue: an import leaves its status alone.  [default: set by NAME]",
+)
 @click.argument("queue")
 @click.argument("changes", nargs=-1, required=True)
 def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
@@ -203,6 +218,10 @@ def import_sites(
     field that the file has no column for. A region nobody knows goes to the centre. May be repeated.
 
     \b
+    Columns: nickname (the computing queue), site and region; if there is no site: siteid.
+    And if it has them: status, maxtime (s), memory (MB), releases (A|B), cmtconfig. Others are named, and not used.
+
+    \b
     Examples:
       culm site import schedconfig.csv --dry-run
       culm site import schedconfig.csv --reason "catalogue of May"
@@ -213,11 +232,14 @@ def import_sites(
     def of(owner: str, known: Topology) -> list[SiteRegistration]:
         return [one for one in found.over(known.sites) if _owner(one, before) == owner]
 
-    told = []
+    told: list[dict[str, Any]] = []
     for owner in sorted({_owner(one, before) for one in found.sites}):
         sites = of(owner, before)
         epoch = before.epochs[owner]
-        if not dry_run:
+        if dry_run:
+            # What would be refused is refused now.
+            register_sites(before.sections[owner], sites)
+        else:
             epoch = _register(folder, owner, partial(of, owner), reason).epoch
         told.append(
             {
@@ -228,12 +250,15 @@ def import_sites(
                 "epoch": epoch,
             }
         )
+    for line in found.remarks():
+        say(line, err=True)
     if output == "json":
         click.echo(msgspec.json.encode(told))
         return
     for row in told:
         click.echo(
-            "{authority}: {sites} sites ({new_sites} new), {queues} computing queues, epoch {epoch}".format(**row)
+            f"{row['authority']}: {counted(row['sites'], 'site')} ({row['new_sites']} new), "
+            f"{counted(row['queues'], 'computing queue')}, epoch {row['epoch']}"
         )
 
 

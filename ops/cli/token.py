@@ -114,7 +114,7 @@ def rotate(folder: Path, authority: str) -> None:
 @DIR
 @OUTPUT
 def list_tokens(folder: Path, output: str) -> None:
-    """List the trusted keys and the command line's own tokens; never their text.
+    """List the trusted keys, which of them sign, and the command line's own tokens; never their text.
 
     \b
     Examples:
@@ -123,13 +123,21 @@ def list_tokens(folder: Path, output: str) -> None:
     """
     homes = Layout(folder).homes
     keys = sorted({path.stem for home in homes for path in home.trusted.glob("*.pub")})
+    signing = {home.ring.kids()[-1] for home in homes if home.ring.kids()}
     if not keys:
         raise ClientFault("no_keys", f"no key is trusted here; is {folder} a cluster?", http_status=404)
     tokens = sorted(path.name for home in homes for path in home.tokens.glob("*"))
     if output == "json":
-        click.echo(json.dumps({"keys": keys, "tokens": tokens}))
+        click.echo(json.dumps({"keys": keys, "signing": sorted(signing), "tokens": tokens}))
         return
-    click.echo("\n".join([*(f"key    {name}" for name in keys), *(f"token  {name}" for name in tokens)]))
+    click.echo(
+        "\n".join(
+            [
+                *(f"key    {name}" + (" (signs)" if name in signing else "") for name in keys),
+                *(f"token  {name}" for name in tokens),
+            ]
+        )
+    )
 
 
 def _ring(folder: Path, authority: str) -> KeyRing:

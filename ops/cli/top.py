@@ -15,7 +15,9 @@ from culm.client import Client
 from culm.errors import Unavailable
 from culm.states import State
 from culm.wire import CountsAnswer, ShardsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
+from culm.words import counted
+from ops.cli.counts import archived
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -35,6 +37,8 @@ class Seen(msgspec.Struct, frozen=True):
 def top(folder: Path, *, authority: str, output: str, interval: float, once: bool) -> None:
     """Show states by region, the dispatch rate, and the shards with their health, until Ctrl-C.
 
+    With --once exit code 4 if a shard gave no answer.
+
     \b
     Examples:
       culm top
@@ -51,6 +55,7 @@ async def _once(folder: Path, authority: str, output: str) -> None:
         click.echo(msgspec.json.encode(seen))
     else:
         console().print(page(seen))
+    require_whole(_missing(seen))
 
 
 async def _follow(folder: Path, authority: str, output: str, interval: float) -> None:
@@ -89,8 +94,10 @@ def page(seen: Seen | None, away: str = "") -> RenderableType:
     """What is shown: as last seen, and what is missing."""
     told: list[RenderableType] = []
     if seen is not None:
-        told += [_head(seen), _regions(seen.counts), _shards(seen.shards)]
-        missing = sorted({*seen.counts.missing_shards, *(row.name for row in seen.shards.shards if not row.answers)})
+        told += [_head(seen), _regions(seen.counts)]
+        told += [Text(archived(seen.counts))] if seen.counts.archived else []
+        told.append(_shards(seen.shards))
+        missing = _missing(seen)
         if missing:
             told.append(Text(f"no answer from {', '.join(missing)}: shown as last heard", style="bold red"))
     if away:
@@ -98,10 +105,14 @@ def page(seen: Seen | None, away: str = "") -> RenderableType:
     return Group(*told)
 
 
+def _missing(seen: Seen) -> list[str]:
+    return sorted({*seen.counts.missing_shards, *(row.name for row in seen.shards.shards if not row.answers)})
+
+
 def _head(seen: Seen) -> Text:
     rates = [row.dispatched_per_s for row in seen.shards.shards if row.answers and row.dispatched_per_s is not None]
     rate = f"{sum(rates):.2f} jobs/s dispatched (mean of the last minutes)" if rates else "dispatch rate not known"
-    return Text(f"culm top, {utc(seen.at)}; {sum(seen.counts.total.values())} jobs, {rate}")
+    return Text(f"culm top, {utc(seen.at)}; {counted(sum(seen.counts.total.values()), 'job')}, {rate}")
 
 
 def _regions(counts: CountsAnswer) -> Table:

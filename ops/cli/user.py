@@ -7,7 +7,9 @@ import click
 import msgspec
 from rich.table import Table
 
+from culm.errors import ClientFault
 from culm.registry_wire import BanRequest, ChangedAnswer
+from culm.topology import SLOT_BLOCKS
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router
 from ops.cli.registry import settle, topology_of
 
@@ -30,6 +32,7 @@ def ban(folder: Path, authority: str, output: str, reason: str, account: str) ->
     Examples:
       culm user ban central:ann --reason "her token was stolen"
     """
+    _require_account(account)
     _tell(output, asyncio.run(_change(folder, authority, BanRequest(account=account, reason=reason))))
 
 
@@ -45,6 +48,9 @@ def unban(folder: Path, authority: str, output: str, account: str) -> None:
     Examples:
       culm user unban central:ann
     """
+    _require_account(account)
+    if account not in topology_of(folder, authority).sections[authority].banned:
+        raise ClientFault("not_banned", f"{account} is not banned by {authority} (culm user list)", http_status=404)
     _tell(output, asyncio.run(_change(folder, authority, BanRequest(account=account, banned=False))))
 
 
@@ -75,6 +81,16 @@ def list_banned(folder: Path, authority: str, output: str) -> None:
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def _require_account(account: str) -> None:
+    """Raises ClientFault(bad_account)."""
+    authority, _, subject = account.partition(":")
+    if not subject:
+        raise ClientFault("bad_account", f"{account!r} is not AUTHORITY:SUBJECT, such as central:ann")
+    if authority not in SLOT_BLOCKS:
+        known = ", ".join(SLOT_BLOCKS)
+        raise ClientFault("bad_account", f"there is no authority {authority!r}: an account is of one of {known}")
 
 
 async def _change(folder: Path, authority: str, request: BanRequest) -> ChangedAnswer:

@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -76,10 +75,13 @@ def list_vos(folder: Path, authority: str, output: str) -> None:
     if output == "json":
         click.echo(msgspec.json.encode(known))
         return
+    if not any(known.values()):
+        click.echo("no VO has a policy: the settings of the shards hold for all")
+        return
     table = Table("authority", "VO", "policy")
     for owner, vos in known.items():
         for name, policy in vos.items():
-            table.add_row(owner, name, " ".join(f"{field}={value}" for field, value in _said(policy).items()))
+            table.add_row(owner, name, said(policy))
     console().print(table)
 
 
@@ -104,7 +106,9 @@ def show(folder: Path, authority: str, output: str, name: str) -> None:
         return
     table = Table("field", *known)
     for field in Policy.__struct_fields__:
-        table.add_row(field, *(str(getattr(policy, field) or "-") for policy in known.values()))
+        table.add_row(
+            field, *(f"{getattr(policy, field):g}" if getattr(policy, field) else "-" for policy in known.values())
+        )
     console().print(table)
 
 
@@ -114,6 +118,7 @@ def _policies(folder: Path, authority: str) -> dict[str, dict[str, Policy]]:
     return {owner: dict(sorted(sections[owner].vos.items())) for owner in sorted(sections)}
 
 
-def _said(policy: Policy) -> dict[str, Any]:
-    said: dict[str, Any] = msgspec.to_builtins(policy)
-    return said
+def said(policy: Policy) -> str:
+    """The fields in which a policy, or a computing queue, says something, as `culm vo set` and `site set` take them."""
+    values = ((field, getattr(policy, field)) for field in Policy.__struct_fields__)
+    return " ".join(f"{field}={value:g}" for field, value in values if value)

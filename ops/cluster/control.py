@@ -179,11 +179,11 @@ def _runs_already(layout: Layout) -> bool:
         if told.port != layout.port:
             raise Conflict("runs_elsewhere", f"the cluster in {layout.folder} is up at port {told.port}")
         return True
+    for port in (layout.port, layout.port + 1):
+        _require_free(port)
     if layout.authority != CENTRAL:
         make_private(layout.folder.parent)
     make_private(layout.folder)
-    for port in (layout.port, layout.port + 1):
-        _require_free(port)
     layout.status.unlink(missing_ok=True)
     return False
 

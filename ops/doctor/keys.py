@@ -13,6 +13,8 @@ from ops.doctor.check import Check
 
 DAY_S: Final = 86_400.0
 OLD_DAYS: Final = 365
+OWN_TOKENS: Final = ("user", "admin")
+"""Roles that the command line itself acts in."""
 
 
 def keys(layout: Layout) -> Iterator[Check]:
@@ -30,7 +32,8 @@ def keys(layout: Layout) -> Iterator[Check]:
         return
     yield Check(name=trusted, text=f"{len(known)}: {', '.join(sorted(known))}")
     verifier = Verifier(layout.trusted)
-    for path in sorted(layout.tokens.glob("*")):
+    own = {layout.tokens / f"{layout.authority}.{role}" for role in OWN_TOKENS} if layout.tokens.is_dir() else set()
+    for path in sorted({*layout.tokens.glob("*"), *own}):
         yield _token(path, verifier)
 
 
@@ -56,7 +59,7 @@ def _signing(layout: Layout) -> Check:
 
 
 def _token(path: Path, verifier: Verifier) -> Check:
-    name, advice = f"token {path.name}", f"remove {path}; the next culm up makes a new one"
+    name, advice = f"token {path.name}", f"remove {path}; culm down, then culm up, makes a new one"
     try:
         text = path.read_text(encoding="utf-8").strip()
         expires_at = verifier.expires_at(f"Bearer {text}")

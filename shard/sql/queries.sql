@@ -500,15 +500,16 @@ SELECT COALESCE(SUM(n), 0) FROM archive_tally WHERE month = %s
 SELECT slot, state, vo, SUM(n) FROM tally GROUP BY slot, state, vo
 
 -- name: owner_counts
-SELECT owner, SUM(n) AS n_active FROM owner_tally GROUP BY owner HAVING n_active > 0
+SELECT owner, SUM(n) AS n_active, COUNT(*) OVER () FROM owner_tally GROUP BY owner HAVING n_active > 0
 ORDER BY n_active DESC, owner LIMIT %s
 
 -- name: owner_count
 SELECT COALESCE(SUM(n), 0) FROM owner_tally WHERE owner = %s
 
 -- name: error_counts
-SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour) FROM error_tally
-WHERE hour >= %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
+SELECT slot, plane, code, SUM(n) AS n_errors, MAX(example), MAX(hour), COUNT(*) OVER (), SUM(SUM(n)) OVER ()
+FROM error_tally WHERE hour >= %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s
+GROUP BY slot, plane, code ORDER BY n_errors DESC, slot, plane, code LIMIT %s
 
 -- name: drop_old_errors
 DELETE FROM error_tally WHERE hour < %s LIMIT 1000
@@ -524,10 +525,13 @@ INSERT INTO sampled (hour, at) VALUES (%s, UTC_TIMESTAMP(6))
 -- name: insert_samples
 INSERT INTO tally_sample (hour, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
 
--- Of each slot and state: the sum over several hours, and what the first and the last of them had.
+-- Of each slot and state: the sum over several hours, what the last of them had, and what was gained from hour to hour.
 -- name: sampled_levels
-SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(IF(hour = %s, n, 0)) FROM tally_sample
-WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s GROUP BY slot, state
+SELECT slot, state, SUM(n), SUM(IF(hour = %s, n, 0)), SUM(gained) FROM (
+  SELECT slot, state, hour, n, IF(hour = %s, 0, GREATEST(
+    0, n - COALESCE(LAG(n) OVER (PARTITION BY slot, state, vo ORDER BY hour), 0))) AS gained
+  FROM tally_sample WHERE hour BETWEEN %s AND %s AND (%s = 0 OR vo = %s) AND slot BETWEEN %s AND %s
+) AS hourly GROUP BY slot, state
 
 -- name: drop_old_samples
 DELETE FROM tally_sample WHERE hour < %s ORDER BY hour LIMIT 5000

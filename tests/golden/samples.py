@@ -345,9 +345,9 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
     wire.ExportAnswer(jobs=[], next=ID),
     wire.ErrorCount(slot=3, plane="pilot", code=1213, n_jobs=4, example=ID, last_at=1_700_000_000.0),
     wire.ShardErrors(principal=PRINCIPAL, hours=24),
-    wire.ShardErrorsAnswer(shard="us1", errors=[]),
+    wire.ShardErrorsAnswer(shard="us1", errors=[], n_left_out=2, n_jobs_left_out=3),
     wire.ErrorRow(plane="pilot", code=1213, site="BNL", region="US", n_jobs=4, example=ID, last_at=1_700_000_000.0),
-    wire.ErrorsAnswer(hours=24, errors=[], missing_shards=["eu1"]),
+    wire.ErrorsAnswer(hours=24, errors=[], missing_shards=["eu1"], n_left_out=2, n_jobs_left_out=3),
     wire.ShardRow(
         name="us1",
         authority="central",
@@ -367,6 +367,8 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         counts=[wire.SlotCount(slot=3, state=State.ACTIVATED, n_jobs=17)],
         n_dispatched=9,
         window_s=300.0,
+        owners={"central:ann": 17},
+        n_owners=201,
     ),
     wire.CountsAnswer(
         total={"activated": 17},
@@ -374,6 +376,9 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         by_site={"BNL": {"activated": 17}},
         shards={"us1": 0.25},
         missing_shards=["eu1"],
+        active_by_owner={"central:ann": 17},
+        owners_at_least=True,
+        n_owners_left_out=101,
     ),
     registry_wire.SitesRequest(
         sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
+from culm.errors import Unavailable
 from culm.settings import ShardSettings, Timeouts
 from culm.states import Event, State
 from culm.topology import Placement, Topology
@@ -40,7 +41,9 @@ class World:
 
     async def findings(self, *others: ShardSettings, topology: Topology | None = None) -> list[Finding]:
         """Audit it, and other partitions beside it."""
-        return (await audit([self.shard.settings, *others], topology or self.shard.topology)).findings
+        report = await audit([self.shard.settings, *others], topology or self.shard.topology)
+        assert report.missing_shards == {}
+        return report.findings
 
 
 async def _populate(shard: Partition) -> dict[str, int]:
@@ -299,3 +302,17 @@ async def test_it_finds_nothing_while_jobs_come_and_go(both: Servers) -> None:
         [waiting] = await shard.submit(job(inputs=[InputFile(name="f", ready=False)]))
         await shard.say(waiting, Event.INPUTS_READY, PRODUCTION)
         assert (await audit([shard.settings], shard.topology)).findings == []
+
+
+async def test_a_database_that_cannot_be_read_is_named_and_the_others_are_audited(world: World) -> None:
+    await world.plant("DELETE FROM lease WHERE id = {running}")
+    database = msgspec.structs.replace(world.shard.settings.database, socket="/nowhere/db.socket")
+    gone = msgspec.structs.replace(world.shard.settings, name="cern1", database=database)
+    report = await audit([gone, world.shard.settings], world.shard.topology)
+    assert report.shards == ["us1"]
+    assert "leased_without_lease" in {finding.rule for finding in report.findings}
+    assert list(report.missing_shards) == ["cern1"]
+    assert "not reachable" in report.missing_shards["cern1"]
+    with pytest.raises(Unavailable) as caught:
+        await audit([gone], world.shard.topology)
+    assert "no database of cern1 can be read" in caught.value.message

@@ -191,6 +191,16 @@ async def test_a_list_names_the_shard_that_gave_no_answer(
     assert (sorted(answer.ids), page.missing_shards) == ([row.id for row in page.jobs], [])  # type: ignore[type-var]
 
 
+async def test_a_list_of_a_site_and_another_region_is_refused(user: Client) -> None:
+    answer = await user.submit(SubmitRequest(idempotency_key="k", jobs=spread(4)))
+    of_site = [row.id for row in (await user.jobs(JobsQuery(site="BNL"))).jobs]
+    assert of_site == answer.ids[::2]
+    assert [row.id for row in (await user.jobs(JobsQuery(site="BNL", region="US"))).jobs] == of_site
+    for region in ("EU", "Mars"):
+        with pytest.raises(ClientFault, match="bad_target"):
+            await user.jobs(JobsQuery(site="BNL", region=region))
+
+
 @pytest.mark.parametrize("limit", [1, 3, 7, 100])
 async def test_paging_over_shards_is_complete_and_stable_while_jobs_come(user: Client, limit: int) -> None:
     first = await user.submit(SubmitRequest(idempotency_key="a", jobs=spread(10)))

@@ -1,6 +1,7 @@
 """The monitor's pages and its JSON over two shards: what is shown, what is missing, who may see it, and no script."""
 
 import re
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,9 +22,11 @@ from culm.wire import (
     ShardsAnswer,
     SubmitRequest,
 )
+from monitor_api import merge
+from shard import reads
 from tests.front import RunningFront
 from tests.integration.test_monitor import monitor
-from tests.partition import ADMIN, PILOT, USER
+from tests.partition import ADMIN, PILOT, PRODUCTION, USER
 from tests.two_partitions import NAMES, TwoPartitions
 from tests.waiting import eventually
 
@@ -59,14 +62,14 @@ async def shown(session: aiohttp.ClientSession, where: str) -> str:
         return await answer.text()
 
 
-async def fail_one(router: RunningFront, site: str, name: str) -> int:
-    """A job that failed of its walltime."""
+async def fail_one(router: RunningFront, site: str, name: str, code: int = 1213) -> int:
+    """A job that failed, by default of its walltime."""
     async with router.client(USER) as user, router.client(PILOT) as pilot:
         jobs = [JobSpec(site=site, argv=["true", EVIL], name=name)]
         await user.submit(SubmitRequest(idempotency_key=name[:100], jobs=jobs))
-        request = GetJobRequest(request_id=f"request-{site}-{len(name)}", queue=f"{site}-q", pilot=PilotInfo(id="p"))
+        request = GetJobRequest(request_id=f"request-{site}-{name[:60]}", queue=f"{site}-q", pilot=PilotInfo(id="p"))
         [grant] = (await pilot.get_job(request)).jobs
-        error = JobError(plane="pilot", code=1213, text=EVIL)
+        error = JobError(plane="pilot", code=code, text=EVIL)
         held = {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
         await pilot.report(ReportRequest(**held, state=State.FAILED, error=error, stdout_tail=EVIL))
         return grant.id
@@ -83,6 +86,17 @@ async def test_every_page_is_there_from_the_empty_state_on(url: str, router: Run
         assert "No job failed" in await shown(session, f"{url}/errors")
         assert "No state grows" in await shown(session, f"{url}/pile-ups")
         assert "No pilot asked" in await shown(session, f"{url}/pilots")
+
+
+async def test_a_browser_is_shown_a_page_for_a_path_that_is_none(url: str) -> None:
+    accept = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/job/1", headers=accept) as answer:
+            assert (answer.status, answer.content_type) == (404, "text/html")
+            assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+            assert "(unknown_path)" in await answer.text()
+        async with session.get(f"{url}/job/1") as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (404, "unknown_path")
 
 
 async def test_what_jobs_say_is_shown_as_text(url: str, router: RunningFront) -> None:
@@ -109,6 +123,37 @@ async def test_errors_are_merged_by_code_and_site(url: str, router: RunningFront
     async with Client(url, router.token(STRANGER), patience_s=0.0) as client:
         assert (await client.errors(24)).errors == []
         assert (await client.counts()).total == {}
+
+
+async def test_accounts_that_are_not_shown_are_said(
+    url: str, router: RunningFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "MAX_OWNERS", 1)
+    monkeypatch.setattr(merge, "MAX_OWNERS", 1)
+    for who in (USER, PRODUCTION):
+        async with router.client(who) as user:
+            jobs = [JobSpec(site="BNL", argv=["true"])]
+            await user.submit(SubmitRequest(idempotency_key=f"two accounts {who.subject}", jobs=jobs))
+    async with browser(url, router, ADMIN) as session:
+        page = await shown(session, f"{url}/")
+        assert re.search(r'<td class="n">at least 1</td>', page)
+        assert "Not shown: at least 1 more account." in page
+    async with Client(url, router.token(ADMIN), patience_s=0.0) as client:
+        counted = await client.counts()
+        assert (counted.owners_at_least, counted.n_owners_left_out, len(counted.active_by_owner)) == (True, 1, 1)
+
+
+async def test_rare_errors_that_are_not_shown_are_said(
+    url: str, router: RunningFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "MAX_ERRORS", 1)
+    for code in (1213, 1213, 1099):
+        await fail_one(router, "BNL", f"fails with {code}" + secrets.token_hex(4), code)
+    async with browser(url, router, ADMIN) as session:
+        assert "Not shown: 1 more job, of up to 1 rarer error." in await shown(session, f"{url}/errors")
+    async with Client(url, router.token(USER), patience_s=0.0) as client:
+        answer: ErrorsAnswer = await client.errors(1)
+        assert ([row.code for row in answer.errors], answer.n_left_out, answer.n_jobs_left_out) == ([1213], 1, 1)
 
 
 async def test_a_shard_that_is_gone_is_named_on_every_page(url: str, router: RunningFront, pair: TwoPartitions) -> None:

@@ -10,6 +10,7 @@ import pytest
 from culm.errors import ClientFault
 from culm.settings import Timeouts
 from culm.states import Event, State
+from culm.topology import Topology
 from culm.wire import (
     Grant,
     InputFile,
@@ -20,9 +21,14 @@ from culm.wire import (
     ShardArchiveAnswer,
     ShardPileUps,
     ShardPileUpsAnswer,
+    ShardSiteWhy,
+    SiteWhyAnswer,
     SlotPileUp,
 )
+from shard import pile_ups
+from shard.growth import Asking
 from shard.samples import Samples
+from shard.why import Why
 from tests.integration.test_why import world_at
 from tests.partition import ADMIN, OTHER_USER, PILOT, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
@@ -42,6 +48,8 @@ def _no_hour_begins(monkeypatch: pytest.MonkeyPatch) -> None:
         return began
 
     monkeypatch.setattr(Samples, "now", now)
+    # Nor is anything remembered: a test changes what there is to see.
+    monkeypatch.setattr(pile_ups, "KNOWN_S", -1.0)
 
 
 async def sampled(shard: Partition, n_hours: int = 1) -> None:
@@ -172,6 +180,55 @@ async def test_a_user_is_told_of_his_vo_and_a_pilot_of_nothing(shard: Partition)
     assert caught.value.code == "forbidden"
 
 
+async def test_what_was_dropped_from_the_archive_takes_nothing_from_the_pace_of_before(shard: Partition) -> None:
+    await sampled(shard)
+    hour = int(await Samples(shard.shard.database, 3).now()) // 3600
+    slot = shard.slot().slot
+    await shard.sql("DELETE FROM tally_sample")
+    # 10 an hour, before and after a drop of 90,000; another VO begins after the oldest sample.
+    for before, n_jobs in ((4, 90_000), (3, 90_010), (2, 10), (1, 20)):
+        await shard.sql(
+            f"INSERT INTO sampled VALUES ({hour - before}, DATE_SUB(UTC_TIMESTAMP(6), INTERVAL {before} HOUR))"
+        )
+        await shard.sql(f"INSERT INTO tally_sample VALUES ({hour - before}, {slot}, 'failed', 'atlas', {n_jobs})")
+    await shard.sql(f"INSERT INTO tally_sample VALUES ({hour - 1}, {slot}, 'failed', 'cms', 7)")
+    samples = Samples(shard.shard.database, 48)
+    window, levels = await samples.compare(ShardPileUps(principal=ADMIN, hours=6))
+    level = levels[slot][State.FAILED]
+    assert (window.n_samples, level.n_sum, level.n_last, level.n_grown) == (4, 180_047, 27, 27)
+    _, levels = await samples.compare(ShardPileUps(principal=USER, hours=6))
+    assert levels[slot][State.FAILED].n_grown == 20
+
+
+async def test_a_cause_that_was_looked_up_is_known_for_a_while_to_those_of_the_same_vo(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pile_ups, "KNOWN_S", 20.0)
+    monkeypatch.setattr(pile_ups, "MAX_KNOWN", 2)
+    looked: list[str] = []
+    asking = Why.asking
+
+    async def counted(why: Why, topology: Topology, slot: int, who: Principal) -> Asking:
+        looked.append(who.vo)
+        return await asking(why, topology, slot, who)
+
+    monkeypatch.setattr(Why, "asking", counted)
+    await quiet_hour(shard)
+    await shard.submit(*[job()] * N_JOBS)
+    first = await the_pile_up(shard)
+    for hours in range(2, 30):
+        assert (await judged(shard, hours=hours)).pile_ups == [first]
+    assert looked == [""]
+    await shard.submit(*[job()] * N_JOBS, who=STRANGER)
+    for _ in range(2):
+        for who in (USER, OTHER_USER, STRANGER):
+            await the_pile_up(shard, who)
+    assert looked == ["", "atlas", "cms"]
+    # The oldest one has been forgotten.
+    await the_pile_up(shard)
+    assert looked == ["", "atlas", "cms", ""]
+
+
 # --- causes ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +236,7 @@ async def test_ready_jobs_grow_and_no_pilot_asks_or_none_fits_or_more_comes_than
     await quiet_hour(shard)
     ids = await shard.submit(*[job(memory_mb=4000)] * N_JOBS)
     found = await the_pile_up(shard)
-    assert (found.state, found.cause) == (State.ACTIVATED, "no_pilot_asked")
+    assert (found.state, found.cause) == (State.ACTIVATED, "no_pilot_asked"), found.text
     assert "none ever did" in found.text
 
     async with world_at(shard) as world:
@@ -197,6 +254,20 @@ async def test_ready_jobs_grow_and_no_pilot_asks_or_none_fits_or_more_comes_than
         found = await the_pile_up(shard)
         assert found.cause == "more_arrives_than_is_dispatched"
         assert f"{N_JOBS + 10} jobs came and 1 left" in found.text
+
+
+async def test_ready_jobs_grow_that_no_computing_queue_offers_enough_for(shard: Partition) -> None:
+    await quiet_hour(shard)
+    ids = await shard.submit(*[job(cores=64)] * N_JOBS)
+    found = await the_pile_up(shard)
+    assert (found.cause, found.example) == ("pilots_do_not_fit", ids[0])
+    assert "no computing queue offers what any of them needs" in found.text
+    assert "too_few_cores: needed 64" in found.text
+    [queue] = (await shard.ask("site_why", ShardSiteWhy(principal=ADMIN, site="BNL"), SiteWhyAnswer)).queues
+    assert [(one.code, one.example) for one in queue.refused] == [("too_few_cores", ids[0])]
+    # One more that fits: a pilot would get something.
+    await shard.submit(job())
+    assert (await the_pile_up(shard)).cause == "no_pilot_asked"
 
 
 async def test_ready_jobs_grow_where_the_site_is_offline(shard: Partition) -> None:

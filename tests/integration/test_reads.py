@@ -25,6 +25,7 @@ from culm.wire import (
     ShardJobs,
 )
 from culm.wire import ShardJob as ReadJob
+from shard import reads
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
 
@@ -281,3 +282,29 @@ async def test_slow_reads_of_people_hold_up_nobody_else(both: Servers) -> None:
 
 async def _occupy(shard: Partition) -> None:
     await shard.shard.database.run("user", lambda tx: tx._run("x", "SELECT SLEEP(30) FROM slot", ()))
+
+
+async def test_errors_and_accounts_beyond_the_bound_are_said(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads, "MAX_ERRORS", 2)
+    monkeypatch.setattr(reads, "MAX_OWNERS", 2)
+    assert (await _errors(shard, ADMIN), await _owners(shard)) == (([], 0, 0), ({}, 0))
+    hour = int((await shard.rows("SELECT UNIX_TIMESTAMP(UTC_TIMESTAMP()) DIV 3600"))[0][0])
+    for code, n_jobs, vo in ((1, 9, "atlas"), (2, 8, "atlas"), (3, 7, "atlas"), (4, 6, "cms"), (3, 1, "cms")):
+        await shard.sql(f"INSERT INTO error_tally VALUES ({hour}, 3, 'pilot', {code}, '{vo}', 0, {n_jobs}, 77)")
+    for name, n_jobs in (("a", 9), ("b", 8), ("ann", 7), ("done", 0)):
+        await shard.sql(f"INSERT INTO owner_tally VALUES ('central:{name}', 0, {n_jobs})")
+    assert await _errors(shard, ADMIN) == ([(1, 9), (2, 8)], 2, 14)
+    assert await _errors(shard, CMS) == ([(4, 6), (3, 1)], 0, 0)
+    assert await _owners(shard) == ({"central:a": 9, "central:b": 8}, 3)
+    # Who is asked for is among them, with all that is his.
+    assert await _owners(shard, "central:ann") == ({"central:a": 9, "central:b": 8, "central:ann": 7}, 3)
+
+
+async def _errors(shard: Partition, who: Principal) -> tuple[list[tuple[int, int]], int, int]:
+    answer = await shard.ask("errors", ShardErrors(principal=who, hours=2), ShardErrorsAnswer)
+    return [(one.code, one.n_jobs) for one in answer.errors], answer.n_left_out, answer.n_jobs_left_out
+
+
+async def _owners(shard: Partition, account: str = "") -> tuple[dict[str, int], int]:
+    answer = await shard.ask("counts", ShardCounts(account=account), ShardCountsAnswer)
+    return answer.owners, answer.n_owners

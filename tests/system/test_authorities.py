@@ -1,6 +1,5 @@
 """Two authorities: CERN starts alone, goes on alone, decides for itself, and nothing is merged when it returns."""
 
-import json
 from pathlib import Path
 
 import msgspec
@@ -79,10 +78,8 @@ async def test_cern_starts_alone_goes_on_alone_and_returns(own: Path) -> None:
 
     # What it has run alone is shown at the centre, and lies nowhere but in its own database (the audit looks, below).
     def shown() -> bool:
-        # Exit code 4 as long as a shard gives no answer.
-        done = culm("counts", "-o", "json", folder=own)
-        counted = json.loads(done.stdout or "{}")
-        return done.returncode == 0 and counted["by_region"].get("CERN", {}).get("finished") == 2
+        counted = culm("counts", "-o", "json", folder=own)
+        return counted.returncode == 0 and decoded(counted)["by_region"].get("CERN", {}).get("finished") == 2
 
     eventually_sync(shown, DEADLINE_S, what="the centre's monitor shows CERN's jobs")
     rows = [msgspec.json.decode(line) for line in (cern.topology / AUDIT).read_bytes().splitlines()]

@@ -254,6 +254,17 @@ def test_the_logs_of_a_process_are_shown_and_followed(running: Cluster) -> None:
     shown = running.culm("logs", "us1")
     assert shown.returncode == 0
     assert "serves" in shown.stdout
+    # A reader that has seen enough is no error to tell.
+    environment = os.environ | {"CULM_DIR": str(running.layout.folder)}
+    cut = subprocess.run(
+        ["sh", "-c", '"$0" logs | head -n 1', str(CULM)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert cut.stderr == ""
     unknown = running.culm("logs", "nobody")
     assert (unknown.returncode, "nobody" in unknown.stderr) == (3, True)
 

@@ -11,11 +11,11 @@ DEADLINE_S = 20.0
 
 def test_a_policy_is_set_shown_obeyed_and_taken_back(running: Cluster) -> None:
     assert running.culm("vo", "show", "demo").returncode == 3
-    said = running.culm("vo", "set", "demo", "default_memory_mb=1234", "heartbeat_s=0.5", "--reason", "a test")
+    said = running.culm("vo", "set", "demo", "default_memory_mb=1234", "heartbeat_s=600.5", "--reason", "a test")
     assert said.returncode == 0, said.stderr
     try:
         assert decoded(running.culm("vo", "list", "-o", "json"))["central"] == {
-            "demo": {"default_memory_mb": 1234, "heartbeat_s": 0.5}
+            "demo": {"default_memory_mb": 1234, "heartbeat_s": 600.5}
         }
         told = running.culm("vo", "show", "demo").stdout
         assert "1234" in told
@@ -59,4 +59,7 @@ def test_a_submit_that_nobody_can_run_prints_its_ids_and_beside_them_why(running
     ids = done.stdout.split()
     running.culm("job", "kill", *ids)
     assert (done.returncode, len(ids)) == (0, 3)
-    assert f"warning: nobody can run job {ids[0]} and 2 more like it as things are: too_few_cores" in done.stderr
+    jobset, warning, reason = done.stderr.splitlines()
+    assert jobset.startswith("jobset ")
+    assert warning == f"warning: nobody can run job {ids[0]} and 2 more like it as things are:"
+    assert reason.startswith("  too_few_cores: ")

@@ -1,5 +1,6 @@
 """Who asked: sums over a window, the latest offers, and bounds on all of it."""
 
+import asyncio
 from typing import Any, cast
 
 import msgspec
@@ -151,6 +152,32 @@ async def test_a_user_is_told_of_the_pilots_that_may_take_jobs_of_his_vo(askers:
     assert (other.pilots, other.queues, other.n_left_out) == ([], [], 0)
     with pytest.raises(ClientFault, match="role"):
         await seen(askers, PILOT)
+
+
+async def test_a_page_of_many_pilots_lets_others_have_their_turn(askers: Askers, clock: Hands) -> None:
+    for n in range(20):
+        for pilot in range(MAX_PILOTS):
+            askers.asked(msgspec.structs.replace(offer(), queue=f"q{n:02d}"), PilotInfo(id=f"p{pilot}"))
+        clock.at += 1
+    n_turns = 0
+
+    async def others() -> None:
+        nonlocal n_turns
+        while True:
+            n_turns += 1
+            if n_turns == 3:
+                # A pilot asks, and a computing queue is forgotten, in the middle of it.
+                askers.asked(msgspec.structs.replace(offer(), queue="q19"), PilotInfo(id="p0", host="new"))
+                del cast("Any", askers)._queues["q18"]
+            await asyncio.sleep(0)
+
+    working = asyncio.create_task(others())
+    answer = await seen(askers, limit=3)
+    working.cancel()
+    assert n_turns >= 4
+    assert (answer.pilots[0].queue, answer.pilots[0].id, answer.pilots[0].host) == ("q19", "p0", "new")
+    assert len(answer.queues) == 19
+    assert answer.n_left_out == 19 * MAX_PILOTS - 3
 
 
 def test_all_that_was_given_is_counted_together(askers: Askers, clock: Hands) -> None:

@@ -37,6 +37,26 @@ def test_a_row_becomes_a_computing_queue(tmp_path: Path) -> None:
     assert site == SiteRegistration(name="BNL", region="US", queues={"BNL-q": queue})
 
 
+@pytest.mark.parametrize(
+    ("head", "lines", "remarks"),
+    [
+        (HEAD + ",space", ["q,S,,US,online,,,,,5"], []),
+        (HEAD, [], ["the file has no computing queue"]),
+        (
+            "nickname,site,region,cores,maxrss", ["q,S,US,8,abc"],
+            [
+                "columns that are not used: cores, maxrss",
+                "there is no column `status`: computing queues that are new are offline",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_what_of_a_file_is_not_used_is_said(tmp_path: Path, head: str, lines: list[str], remarks: list[str]) -> None:
+    path = tmp_path / "catalogue.csv"
+    path.write_text("\n".join((head, *lines)) + "\n", encoding="utf-8")
+    assert catalogue.read(path).remarks() == remarks
+
+
 def test_queues_of_one_site_come_together_in_the_order_of_the_first(tmp_path: Path) -> None:
     found = _read(
         tmp_path, "a,S1,,US,online,,,0,0", "b,S2,,EU,online,,,0,0", "c,S1,,US,offline,,,0,0", "ANALY_d,S2,,EU,,,,0,0"

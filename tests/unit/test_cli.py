@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections import Counter
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +14,10 @@ from click.testing import CliRunner, Result
 
 from culm import __version__, topology_store
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
-from culm.states import State
 from culm.tokens import Verifier
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
 from culm.topology_store import Who
-from ops.cli import culm, demo, exits
+from ops.cli import culm, exits
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
@@ -134,9 +133,6 @@ def test_without_a_cluster_it_says_how_to_get_one(words: tuple[str, ...], tmp_pa
         (("token", "list"), ClientFault, "no_keys"),
         (("token", "issue", "user", "ann"), ClientFault, "no_keys"),
         (("token", "rotate"), ClientFault, "no_keys"),
-        (("job", "submit", "--priority", "-1", "--", "true"), ClientFault, "bad_job"),
-        (("job", "submit", "--cores", "0", "--", "true"), ClientFault, "bad_job"),
-        (("job", "submit", "--memory-mb", "-5", "--", "true"), ClientFault, "bad_job"),
         (("site", "set", "q", "status"), ClientFault, "bad_queue"),
         (("site", "set", "q", "heartbeat_s=long"), ClientFault, "bad_queue"),
         (("vo", "set", "atlas", "heartbeat_s"), ClientFault, "bad_vo"),
@@ -253,11 +249,6 @@ def test_a_token_is_issued_where_only_its_own_authority_has_a_home(tmp_path: Pat
     assert re.findall(r"matches '([^']+)'", told.stderr) == ["BNL*"]
 
 
-def test_the_demo_counts_the_jobs_whose_shard_is_silent() -> None:
-    assert demo.told(Counter({State.FINISHED: 60})) == "60 jobs: 60 finished"
-    assert demo.told(Counter({State.FINISHED: 40})) == "60 jobs: 40 finished, 20 whose shard gives no answer"
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_a_script_for_the_shell(shell: str, tmp_path: Path) -> None:
     told = _run("completion", shell, folder=tmp_path)
@@ -278,6 +269,14 @@ def test_ctrl_c_has_an_exit_code_of_its_own(tmp_path: Path, monkeypatch: pytest.
     told = _run("status", folder=tmp_path)
     assert isinstance(told.exception, CulmError)
     assert exits.of(told.exception) == exits.INTERRUPTED
+
+
+def test_a_cluster_that_is_refused_its_port_leaves_no_folder(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        folder = tmp_path / "second"
+        told = _run("up", "--port", str(min(busy.getsockname()[1], 65532)), folder=folder)
+    assert isinstance(told.exception, Conflict)
+    assert (told.exception.code, folder.exists()) == ("port_busy", False)
 
 
 def test_status_without_a_cluster_is_told_as_json_too(tmp_path: Path) -> None:

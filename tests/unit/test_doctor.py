@@ -92,8 +92,9 @@ def layout(tmp_path: Path) -> Layout:
     """A cluster's folder with a key of the centre and a token of it."""
     found = Layout(tmp_path)
     found.tokens.mkdir()
-    token = found.ring.issue(Principal(role="admin", subject="root", authority="central"), 365 * 86_400.0)
-    (found.tokens / "central.admin").write_text(token, encoding="utf-8")
+    for role in ("admin", "user"):
+        token = found.ring.issue(Principal(role=role, subject="root", authority="central"), 365 * 86_400.0)
+        (found.tokens / f"central.{role}").write_text(token, encoding="utf-8")
     return found
 
 
@@ -104,7 +105,12 @@ def _levels(layout: Layout) -> dict[str, str]:
 
 
 def test_good_keys_and_tokens_are_well(layout: Layout) -> None:
-    assert _levels(layout) == {"key of central": "ok", "trusted keys of central": "ok", "token central.admin": "ok"}
+    assert _levels(layout) == {
+        "key of central": "ok",
+        "trusted keys of central": "ok",
+        "token central.admin": "ok",
+        "token central.user": "ok",
+    }
 
 
 def test_no_text_of_a_token_is_shown(layout: Layout) -> None:

@@ -13,7 +13,7 @@ REFUSED = Refused(code="too_little_memory_mb", needed="4000", offered="2000", n_
 
 def steady(n: int, now: int) -> Level:
     """So many in every sample, so many now."""
-    return Level(n_now=now, n_sum=n * WINDOW.n_samples, n_first=n, n_last=n)
+    return Level(n_now=now, n_sum=n * WINDOW.n_samples, n_last=n)
 
 
 def grown(state: State, level: Level) -> list[tuple[int, int, int]]:
@@ -38,8 +38,8 @@ def test_a_state_grows_where_it_is_a_quarter_and_ten_jobs_above_the_usual(usual:
 
 
 def test_what_shrinks_again_is_no_pile_up() -> None:
-    assert grown(State.TRANSFERRING, Level(n_now=500, n_sum=500, n_first=0, n_last=501)) == []
-    assert grown(State.TRANSFERRING, Level(n_now=501, n_sum=500, n_first=0, n_last=501)) == [(501, 100, 501)]
+    assert grown(State.TRANSFERRING, Level(n_now=500, n_sum=500, n_last=501)) == []
+    assert grown(State.TRANSFERRING, Level(n_now=501, n_sum=500, n_last=501)) == [(501, 100, 501)]
 
 
 def test_without_a_sample_nothing_can_be_said() -> None:
@@ -68,9 +68,20 @@ def test_jobs_that_end_well_or_were_ended_pile_up_nowhere(state: State) -> None:
 def test_failed_jobs_are_judged_by_their_pace(
     first: int, last: int, now: int, finished: int, told: list[Growth]
 ) -> None:
-    failed = Level(n_now=now, n_sum=0, n_first=first, n_last=last)
-    levels = {State.FAILED: failed, State.FINISHED: Level(n_now=1000 + finished, n_first=1000, n_last=1000)}
+    failed = Level(n_now=now, n_sum=0, n_last=last, n_grown=last - first)
+    levels = {State.FAILED: failed, State.FINISHED: Level(n_now=1000 + finished, n_last=1000)}
     assert growing(levels, WINDOW) == told
+
+
+def test_a_month_that_was_dropped_makes_nothing_look_as_if_it_failed_faster_than_before() -> None:
+    """100,000 had failed; the drop leaves 100. In its hour nothing is said, then the other hours count."""
+    finished = Level(n_now=5, n_last=100_000)
+    assert growing({State.FAILED: Level(n_now=100, n_last=100_000), State.FINISHED: finished}, WINDOW) == []
+    after = {State.FAILED: Level(n_now=101, n_last=100, n_grown=0), State.FINISHED: Level(n_now=5, n_last=0)}
+    assert growing(after, WINDOW) == []
+    assert growing(after | {State.FAILED: Level(n_now=120, n_last=100)}, WINDOW) == [Growth(State.FAILED, 20, 0, 0)]
+    told = why(State.ACTIVATED, Evidence(asking=Asking(n_queues=1, n_asked=1)), failed=Level(n_now=100, n_last=100_000))
+    assert "100 jobs came and 0 left" in told.text
 
 
 def test_the_first_hour_of_a_shard_has_no_pace_to_compare_with() -> None:
@@ -94,6 +105,12 @@ def why(state: State, seen: Evidence = Evidence(), **levels: Level) -> Cause:  #
         (Asking(n_queues=2, n_offline=1), "no_pilot_asked", "none ever did"),
         (Asking(n_queues=1, last_at=3 * HOUR), "no_pilot_asked", "the last one 2.0 h ago"),
         (
+            Asking(n_queues=1, n_classes=2, n_refused=2, refused=REFUSED),
+            "pilots_do_not_fit",
+            "no computing queue offers what any of them needs, and no pilot asks; most are refused for too_little",
+        ),
+        (Asking(n_queues=1, n_classes=3, n_refused=2, refused=REFUSED), "no_pilot_asked", "none ever did"),
+        (
             Asking(n_queues=1, n_asked=9, n_pilots=3, n_classes=2, n_refused=2, refused=REFUSED),
             "pilots_do_not_fit",
             "3 pilots ask, and none can take any of them; most are refused for too_little_memory_mb: needed 4000",
@@ -110,7 +127,7 @@ def test_ready_jobs_wait_for_what_is_known_of_the_pilots(asking: Asking, code: s
     told = why(State.ACTIVATED, Evidence(asking=asking))
     assert told.code == code
     assert said in told.text
-    assert told.example == (77 if asking.refused else None)
+    assert told.example == (77 if asking.refused and code != "no_pilot_asked" else None)
 
 
 def test_what_came_and_what_left_are_counted_over_all_states() -> None:

@@ -9,6 +9,7 @@ from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailabl
 from culm.states import State
 from culm.topology import Placement, Queue, Region, Section, Shard, Site, Topology
 from culm.wire import (
+    CountsAnswer,
     JobSpec,
     PilotSeen,
     Principal,
@@ -174,6 +175,22 @@ def test_a_user_is_shown_the_counts_of_his_vo_and_of_accounts_his_own() -> None:
     everything = merge(topology(), {"a": Heard(answer, 1.0)}, [], 1.0, ADMIN)
     assert everything.by_vo == {"atlas": {"running": 3}, "cms": {"running": 40}}
     assert list(everything.active_by_owner) == ["central:bob", "central:ann"]
+
+
+def test_accounts_that_a_shard_does_not_name_are_said() -> None:
+    """bob is one of the busiest on `a`, and one of 300 on `b`, which names 200: 7 is the least that he has."""
+    ann = Principal(role="user", subject="ann", authority="central", vo="atlas")
+    whole = ShardCountsAnswer(shard="a", at=0.0, counts=[], owners={"central:bob": 7, "central:ann": 1}, n_owners=2)
+    busy = {f"central:{n}": 1000 - n for n in range(200)}
+    cut = ShardCountsAnswer(shard="b", at=0.0, counts=[], owners=busy | {"central:ann": 2}, n_owners=300)
+
+    def merged(who: Principal, *answers: ShardCountsAnswer) -> CountsAnswer:
+        return merge(topology(), {one.shard: Heard(one, 1.0) for one in answers}, [], 1.0, who)
+
+    one, both, mine = merged(ADMIN, whole), merged(ADMIN, whole, cut), merged(ann, whole, cut)
+    assert (one.owners_at_least, one.n_owners_left_out) == (False, 0)
+    assert (both.owners_at_least, len(both.active_by_owner), both.n_owners_left_out) == (True, 100, 200)
+    assert (mine.active_by_owner, mine.owners_at_least, mine.n_owners_left_out) == ({"central:ann": 3}, False, 0)
 
 
 def test_an_admin_of_another_authority_is_shown_how_many_jobs_are_where_and_not_whose() -> None:
