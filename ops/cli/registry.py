@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,8 +10,8 @@ import msgspec
 
 from culm.errors import ClientFault, Unavailable
 from culm.policies import Policy
-from culm.registry_wire import ChangedAnswer, TopologyAnswer
-from culm.topology import Topology
+from culm.registry_wire import ChangedAnswer, SitesRequest, TopologyAnswer
+from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from ops.cli.options import router
 from ops.cluster import control
 from ops.cluster.layout import Layout
@@ -43,6 +43,29 @@ def fields(changes: Iterable[str], kind: type[Policy], code: str) -> dict[str, A
     except msgspec.ValidationError as error:
         raise ClientFault(code, str(error)) from None
     return {name: getattr(described, name) for name in given}
+
+
+async def register_sites(
+    folder: Path, known: Topology, regions: Mapping[str, str], queue_of: Callable[[str], str], reason: str
+) -> dict[str, str]:
+    """Register sites, by name with their region, each with one computing queue; which authority decides about each.
+
+    All that is returned is seen by every authority that runs here. Raises as Client.post. Safe to retry: yes.
+    """
+    authority_of = {
+        site: known.authority_of_region(region) if region in known.regions else CENTRAL
+        for site, region in regions.items()
+    }
+    for authority in set(authority_of.values()):
+        wanted = [
+            SiteRegistration(name=site, region=regions[site], queues={queue_of(site): Queue()})
+            for site in regions
+            if authority_of[site] == authority
+        ]
+        async with router(folder, "admin", authority=authority) as client:
+            answer = await client.post("sites", SitesRequest(sites=wanted, reason=reason), ChangedAnswer)
+        await settle(folder, answer)
+    return authority_of
 
 
 async def settle(folder: Path, changed: ChangedAnswer) -> None:

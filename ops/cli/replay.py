@@ -11,14 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from culm.errors import ClientFault
-from culm.registry_wire import ChangedAnswer, SitesRequest, TopologyAnswer
-from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
+from culm.registry_wire import TopologyAnswer
+from culm.topology import CENTRAL, Topology
 from culm.wire import Principal
 from loadtest import workload_log
 from loadtest.replay import Plan, Replay, ReplayReport, queue_of
 from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console, router, token
-from ops.cli.registry import settle
+from ops.cli.registry import register_sites
 from ops.cluster import control
 
 TOKEN_S = 86_400.0
@@ -57,7 +57,7 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
 async def _run(folder: Path, plan: Plan) -> ReplayReport:
     layout = control.running(folder)
     replay = Replay(plan)
-    authority_of = await _register(folder, replay.sites)
+    authority_of = await register(folder, replay.sites)
     ring = layout.ring
     if not ring.kids():
         raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {CENTRAL}", http_status=404)
@@ -90,27 +90,14 @@ async def _run(folder: Path, plan: Plan) -> ReplayReport:
                 progress.update(bar, completed=n_done)
 
 
-async def _register(folder: Path, sites: list[str]) -> dict[str, str]:
-    """Register the log's sites, each in its region; which authority decides about each."""
+async def register(folder: Path, sites: list[str]) -> dict[str, str]:
+    """Register the log's sites, each in its region, unless it is known; which authority decides about each."""
     async with router(folder, "admin") as client:
         known = Topology((await client.get("topology", {}, TopologyAnswer)).sections)
     regions = {
         site: known.sites[site].region if site in known.sites else workload_log.region_of(site) for site in sites
     }
-    authority_of = {
-        site: known.authority_of_region(region) if region in known.regions else CENTRAL
-        for site, region in regions.items()
-    }
-    for authority in set(authority_of.values()):
-        wanted = [
-            SiteRegistration(name=site, region=regions[site], queues={queue_of(site): Queue()})
-            for site in sites
-            if authority_of[site] == authority
-        ]
-        async with router(folder, "admin", authority=authority) as client:
-            answer = await client.post("sites", SitesRequest(sites=wanted, reason="replay of a log"), ChangedAnswer)
-        await settle(folder, answer)
-    return authority_of
+    return await register_sites(folder, known, regions, queue_of, "replay of a log")
 
 
 def _print(report: ReplayReport) -> None:
