@@ -1,7 +1,6 @@
 """The clients' book of a run: what was asked, how long it took, which job was given to whom. No input or output."""
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Final, Literal
 
 import msgspec
@@ -91,7 +90,10 @@ class Book:
         self.n_empty = 0
         self.n_ended = 0
         self.duplicates: list[str] = []
-        self.accepted: dict[int, float] = {}
+        self.accepted: dict[int, tuple[float, str]] = {}
+        """By id, when, and for which site."""
+        self.n_waiting: Counter[str] = Counter()
+        """By site, jobs that were accepted and not yet given to anybody."""
         self.waits = Histogram()
         self._holders: dict[tuple[int, int], str] = {}
         self._given: set[int] = set()
@@ -102,11 +104,6 @@ class Book:
     def n_granted(self) -> int:
         """Different (job, attempt) that were given to a pilot."""
         return len(self._holders)
-
-    @property
-    def n_waiting(self) -> int:
-        """Jobs that were accepted and not yet given to anybody."""
-        return len(self.accepted) - len(self._given)
 
     def window(self, now: float) -> Window:
         """The window that this time falls into."""
@@ -138,12 +135,13 @@ class Book:
         _add(self.names.setdefault(name, Name()).felt, felt_ms)
         _add(self.window(now).felt.setdefault(operation(name), {}), felt_ms)
 
-    def accept(self, ids: Iterable[int], now: float) -> None:
-        """Jobs were submitted and acknowledged. An id that another submit had got before is a duplicate."""
-        for job in ids:
-            if job in self.accepted:
-                self.duplicates.append(f"job {job}: the id of two submits")
-            self.accepted[job] = now
+    def accept(self, job: int, site: str, now: float) -> None:
+        """A job was submitted and acknowledged. An id that another submit had got before is a duplicate."""
+        if job in self.accepted:
+            self.duplicates.append(f"job {job}: the id of two submits")
+            return
+        self.accepted[job] = now, site
+        self.n_waiting[site] += 1
 
     def grant(self, job: int, attempt: int, request_id: str, now: float) -> None:
         """A get_job was answered with this. The same (job, attempt) under another request id is a duplicate."""
@@ -152,7 +150,9 @@ class Book:
             self.duplicates.append(f"job {job} attempt {attempt}: given to {holder} and to {request_id}")
         elif job in self.accepted and job not in self._given:
             self._given.add(job)
-            self.waits.add((now - self.accepted[job]) * 1000)
+            accepted_at, site = self.accepted[job]
+            self.n_waiting[site] -= 1
+            self.waits.add((now - accepted_at) * 1000)
 
     def end(self, job: int, attempt: int) -> None:
         """The final report of an attempt was accepted. A job that two attempts have ended is a duplicate."""

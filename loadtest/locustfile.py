@@ -70,6 +70,12 @@ def begin(**_: Any) -> None:
     Path(_ORDER.began).touch()
 
 
+@events.user_error.add_listener
+def broke(exception: BaseException, **_: Any) -> None:
+    """A user's own mistake is a failure of the run: what he did not do would be missing from it."""
+    _STAGE.book.answered("client", _STAGE.now(), 0.0, "failed", f"{type(exception).__name__}: {exception}")
+
+
 @events.test_stop.add_listener
 def end(**_: Any) -> None:
     """Write the book."""

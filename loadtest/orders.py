@@ -42,8 +42,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     n_beats: int
     job_s: float
     ramp_p99_ms: float
-    fed: dict[int, float]
-    """Jobs that wait already: id, and when it was accepted, seconds since the epoch."""
+    fed: dict[int, tuple[float, str]]
+    """Jobs that wait already: id, and when it was accepted, seconds since the epoch, for which site."""
     began: str
     """A file to make when the run begins."""
     into: str

@@ -38,6 +38,7 @@ LOOK_S: Final = 0.02
 JOIN_S: Final = 10.0
 EMPTY: Final = f"{GET_JOB} empty"
 OK: Final = 200
+ANY_STATUS: Final = frozenset(range(100, 600))
 _MSGPACK: Final = "application/msgpack"
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 
@@ -69,7 +70,6 @@ class Stage:
         """Of arrivals, and users that were ever made."""
         self._wall, self._clock = time.time(), time.perf_counter()
         self.book = Book(self._wall, order.window_s)
-        self.book.accepted.update(order.fed)
 
     def now(self) -> float:
         """Seconds since the epoch, by a clock that never jumps."""
@@ -78,7 +78,8 @@ class Stage:
     def begin(self) -> None:
         """The run begins now, with an empty book."""
         self.book = Book(self.now(), self.order.window_s)
-        self.book.accepted.update(self.order.fed)
+        for job, (at, site) in self.order.fed.items():
+            self.book.accept(job, site, at)
         self.n_due = self.n_done = 0
 
     def target(self) -> Target:
@@ -97,6 +98,8 @@ class Api(FastHttpUser):
 
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
+        # Every status is an answer, which we judge; the client's own way of an error cannot read MessagePack.
+        self.client.client.valid_response_codes = ANY_STATUS
         self.stage.n_users += 1
         self.number = self.stage.n_users
         # Every user's choices follow from the run's seed and his number.
@@ -306,17 +309,19 @@ class Submitter(Api):
     @tag("submit")
     @task
     def submit(self) -> None:
-        """A hundred jobs, if too few wait."""
+        """A hundred jobs for the sites where too few wait."""
         order, book = self.stage.order, self.stage.book
-        if book.n_waiting >= order.backlog:
+        short = [one for one in order.targets if book.n_waiting[one.site] < order.backlog * one.weight]
+        if not short:
             gevent.sleep(LOOK_S)
             return
-        request = SubmitRequest(
-            idempotency_key=new_key(), jobs=specs(order.targets, BATCH, self.rng), jobset=order.jobset
-        )
+        jobs = specs(short, BATCH, self.rng)
+        request = SubmitRequest(idempotency_key=new_key(), jobs=jobs, jobset=order.jobset)
         answer = self.call("submit", "submit", request, SubmitAnswer, token=order.user_token)
         if answer is not None:
-            book.accept([job for job in answer.ids if job is not None], self.stage.now())
+            for spec, job in zip(jobs, answer.ids, strict=True):
+                assert job is not None, "a complete answer has every id"
+                book.accept(job, spec.site, self.stage.now())
 
 
 class Shifter(Api):
@@ -396,15 +401,23 @@ class BadPilot(Api):
     @tag("update")
     @task
     def stale(self) -> None:
-        """A heartbeat and a report of a job that was given back."""
+        """A report under another lease; a heartbeat after the job was given back; another end than the first."""
         target = self.stage.target()
         grant = self.get_job(target)
-        if grant is None or self.report(target, grant, State.ACTIVATED) is None:
+        if grant is None:
             return
         name = f"bad [{target.shard}]"
         lease = {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
-        for path, state in (("heartbeat", State.RUNNING), ("report", State.FINISHED)):
-            self.refused(name, path, _ENCODE(lease | {"state": state}), 409, token=target.pilot_token)
+        foreign = lease | {"lease_token": grant.lease_token[::-1], "state": State.FINISHED}
+        self.refused(name, "report", _ENCODE(foreign), 409, token=target.pilot_token)
+        first = self.report(target, grant, State.ACTIVATED)
+        late = lease | {"state": State.RUNNING}
+        self.refused(name, "heartbeat", _ENCODE(late), 409, token=target.pilot_token)
+        # A second report of an attempt is answered as the first was, whatever it says.
+        request = ReportRequest(**lease, state=State.FAILED)
+        second = self.call(name, "report", request, ReportAnswer, token=target.pilot_token)
+        if first is not None and second is not None and first != second:
+            self._wrong(name, f"a second report got {second.state} after {first.state}")
 
 
 def _error_of(content: bytes) -> ErrorBody | None:

@@ -107,15 +107,18 @@ def user_token(home: Layout, valid_s: float) -> str:
     return home.ring.issue(Principal(role="user", subject="load", authority=CENTRAL, vo=VO), valid_s)
 
 
-async def feed(home: Layout, token: str, some: list[Target], jobset: int, n_jobs: int, seed: int) -> dict[int, float]:
-    """Make the jobs that wait when the run begins; when each was accepted."""
+async def feed(
+    home: Layout, token: str, some: list[Target], jobset: int, n_jobs: int, seed: int
+) -> dict[int, tuple[float, str]]:
+    """Make the jobs that wait when the run begins; when each was accepted, for which site."""
     rng = random.Random(seed)  # noqa: S311  # spreads load, no secret
-    fed: dict[int, float] = {}
+    fed: dict[int, tuple[float, str]] = {}
     async with Client(home.router_url, token, patience_s=60.0) as client:
         while len(fed) < n_jobs:
             jobs = specs(some, min(FEED, n_jobs - len(fed)), rng)
             answer = await client.submit(SubmitRequest(idempotency_key=new_key(), jobs=jobs, jobset=jobset))
-            fed |= dict.fromkeys((job for job in answer.ids if job is not None), time.time())
+            now = time.time()
+            fed |= {job: (now, spec.site) for spec, job in zip(jobs, answer.ids, strict=True) if job is not None}
     return fed
 
 

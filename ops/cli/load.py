@@ -196,7 +196,7 @@ def _locust(scenario: Scenario, how: dict[str, Any]) -> list[str]:
     """The words of Locust's own command line."""
     words = [*(kind for kind, n in scenario.users.items() if n), "--stop-timeout", str(STOP_S), "--exit-code-on-error=0"]
     if how["tags"]:
-        words += ["--tags", *how["tags"], "--"] if False else ["--tags", *how["tags"]]
+        words += ["--tags", *how["tags"]]
     if how["web_port"] is None:
         return [*words, "--headless", "--only-summary"]
     return [*words, "--web-host", "127.0.0.1", "--web-port", str(how["web_port"]), "--autostart", "--autoquit", "5"]
