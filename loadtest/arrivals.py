@@ -1,8 +1,8 @@
 """Arrivals that do not wait for answers: when each request is due is fixed before anybody knows how long one takes.
 
-A client that sends its next request when it has got the last answer sends fewer while the service is slow, and so leaves
-the worst latencies out ("coordinated omission"). Here a request's time counts from when it was due, also where the client
-could send it only later.
+A client that sends its next request when it has got the last answer sends fewer while the service is slow, and so
+leaves the worst latencies out ("coordinated omission"). Here a request's time counts from when it was due, also where
+the client could send it only later.
 """
 
 from dataclasses import dataclass

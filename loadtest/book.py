@@ -11,7 +11,7 @@ from loadtest.shapes import StepFigures
 Outcome = Literal["ok", "busy", "failed"]
 """`busy`: the service asked to come again (503 and retryable), which is no failure where it does."""
 MAX_TEXTS: Final = 50
-"""Different texts of failures that are kept."""
+"""Different texts that are kept."""
 GET_JOB: Final = "getJob"
 
 
@@ -51,7 +51,7 @@ class Result(msgspec.Struct, kw_only=True):
     windows: list[Window]
     names: dict[str, Name]
     texts: dict[str, int]
-    """Failures by their text."""
+    """Failures, and answers that asked to come again, by their text."""
     n_granted: int
     n_ended: int
     """Jobs whose end was reported and accepted."""
@@ -123,6 +123,7 @@ class Book:
             case "busy":
                 kept.n_busy += 1
                 counts = window.n_busy
+                self._note(f"{name}: {text}")
             case "failed":
                 kept.n_failed += 1
                 counts = window.n_failed

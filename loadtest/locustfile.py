@@ -33,13 +33,11 @@ _cpu_s = 0.0
 class OrderedShape(LoadTestShape):
     """The shape that the order names."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._step_from_s = 0.0
+    _step_from_s = 0.0
 
     def tick(self) -> tuple[int, float] | None:
         """Users now, or None at the end; the rate of the arrivals is set by the way."""
-        t = self.get_run_time()
+        t = _STAGE.now() - _STAGE.book.began_at
         if t >= _ORDER.seconds:
             return None
         users = dict(_ORDER.users)
@@ -61,22 +59,21 @@ class OrderedShape(LoadTestShape):
         return sum(users.values()), SPAWN_RATE
 
 
-@events.test_start.add_listener
 def begin(**_: Any) -> None:
     """An empty book."""
     global _cpu_s  # noqa: PLW0603  # one run of a process at a time
     _cpu_s = time.process_time()
     _STAGE.begin()
-    Path(_ORDER.began).touch()
+    beside = Path(f"{_ORDER.began}.new")
+    beside.write_text(repr(_STAGE.book.began_at), encoding="utf-8")
+    beside.replace(_ORDER.began)
 
 
-@events.user_error.add_listener
 def broke(exception: BaseException, **_: Any) -> None:
     """A user's own mistake is a failure of the run: what he did not do would be missing from it."""
     _STAGE.book.answered("client", _STAGE.now(), 0.0, "failed", f"{type(exception).__name__}: {exception}")
 
 
-@events.test_stop.add_listener
 def end(**_: Any) -> None:
     """Write the book."""
     book = _STAGE.book
@@ -102,3 +99,8 @@ def end(**_: Any) -> None:
     beside = Path(f"{_ORDER.into}.new")
     beside.write_bytes(msgspec.json.encode(result))
     beside.replace(_ORDER.into)
+
+
+events.test_start.add_listener(begin)  # type: ignore[no-untyped-call]
+events.user_error.add_listener(broke)  # type: ignore[no-untyped-call]
+events.test_stop.add_listener(end)  # type: ignore[no-untyped-call]

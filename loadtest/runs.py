@@ -1,13 +1,15 @@
 """Stored runs: one folder each under the cluster's `loads`, with everything that is needed to compare them later."""
 
 import re
+import time
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Conflict
 from loadtest.book import Result, Window, operation
 from loadtest.latencies import Histogram, together
 from loadtest.shapes import StepFigures
@@ -18,6 +20,8 @@ FILE: Final = "run.json"
 BUSIEST_S: Final = 10.0
 LAST: Final = "last"
 CLIENT: Final = "client"
+OTHERS: Final = "all others"
+"""Among the processor times: the clients, and what has nothing to do with the run."""
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,100}")
 
 
@@ -89,7 +93,7 @@ def rows_of(result: Result) -> list[Row]:
     operations: dict[str, list[str]] = {}
     for name in sorted(result.names):
         operations.setdefault(operation(name), []).append(name)
-    groups = [(one, names) for one, names in operations.items()]
+    groups = list(operations.items())
     groups += [(name, [name]) for names in operations.values() if names != [operation(names[0])] for name in names]
     return [_row(name, names, result, seconds) for name, names in groups]
 
@@ -150,16 +154,25 @@ def cpu_use(samples: Iterable[tuple[float, float]]) -> CpuUse:
             busiest = max(busiest, (points[end][1] - points[start][1]) / width)
     series = [
         (later[0], max(0.0, later[1] - earlier[1]) / (later[0] - earlier[0]))
-        for earlier, later in zip(points, points[1:], strict=False)
+        for earlier, later in pairwise(points)
         if later[0] > earlier[0]
     ]
     return CpuUse(mean=used / span if span else 0.0, busiest=busiest, series=series)
 
 
+def place(folder: Path, scenario: str) -> Path:
+    """Make the folder of a new run; its name is the run's id. Raises Conflict(run_exists) within the same second."""
+    path = folder / FOLDER / f"{scenario}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        raise Conflict("run_exists", f"{path.name} was begun this very second") from None
+    return path
+
+
 def store(folder: Path, run: Run) -> Path:
-    """Keep it in the cluster's folder; its file."""
+    """Keep it in its place in the cluster's folder; its file."""
     path = folder / FOLDER / run.id / FILE
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     beside.write_bytes(msgspec.json.format(msgspec.json.encode(run)))
     beside.replace(path)
@@ -220,9 +233,7 @@ def compare(first: Run, second: Run) -> Comparison:
             figures.append(_compared(name, "cpu_ms_per_job", _per_job(use, first), _per_job(second.cpu[name], second)))
     if first.knee or second.knee:
         figures.append(_compared("ramp", "knee", first.knee, second.knee))
-    return Comparison(
-        first=first.id, second=second.id, figures=figures, differences=list(_differences(first, second))
-    )
+    return Comparison(first=first.id, second=second.id, figures=figures, differences=list(_differences(first, second)))
 
 
 def _per_job(use: CpuUse, run: Run) -> float:

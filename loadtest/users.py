@@ -1,4 +1,7 @@
-"""The users of the load tests, for Locust. Imported by `locustfile.py` only: Locust changes the whole process to gevent."""
+"""The users of the load tests, for Locust.
+
+Imported by `locustfile.py` only: Locust changes the whole process to gevent.
+"""
 
 import random
 import time
@@ -9,6 +12,7 @@ import gevent
 import msgspec
 from gevent.pool import Pool
 from locust import FastHttpUser, SequentialTaskSet, tag, task
+from locust.contrib.fasthttp import LocustUserAgent
 
 from culm.states import State
 from culm.wire import (
@@ -38,7 +42,8 @@ LOOK_S: Final = 0.02
 JOIN_S: Final = 10.0
 EMPTY: Final = f"{GET_JOB} empty"
 OK: Final = 200
-ANY_STATUS: Final = frozenset(range(100, 600))
+# Every status is an answer, which we judge; the client's own way with an error cannot read MessagePack.
+LocustUserAgent.valid_response_codes = frozenset(range(100, 600))
 _MSGPACK: Final = "application/msgpack"
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 
@@ -98,8 +103,6 @@ class Api(FastHttpUser):
 
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
-        # Every status is an answer, which we judge; the client's own way of an error cannot read MessagePack.
-        self.client.client.valid_response_codes = ANY_STATUS
         self.stage.n_users += 1
         self.number = self.stage.n_users
         # Every user's choices follow from the run's seed and his number.
@@ -156,8 +159,10 @@ class Api(FastHttpUser):
     def _send(self, name: str, path: str, body: bytes, token: str, *, wanted: int = OK) -> _Got:
         """Send once; Locust's own books are told."""
         headers = {"Authorization": f"Bearer {token}", "Content-Type": _MSGPACK, "Accept": _MSGPACK}
+        # Its type knows no bytes, which are what it sends.
+        data: Any = body
         with self.client.request(
-            "POST", f"/v1/{path}", name=name, data=body, headers=headers, catch_response=True
+            "POST", f"/v1/{path}", name=name, data=data, headers=headers, catch_response=True
         ) as response:
             if response.status_code == wanted:
                 response.success()
@@ -414,7 +419,7 @@ class BadPilot(Api):
         late = lease | {"state": State.RUNNING}
         self.refused(name, "heartbeat", _ENCODE(late), 409, token=target.pilot_token)
         # A second report of an attempt is answered as the first was, whatever it says.
-        request = ReportRequest(**lease, state=State.FAILED)
+        request = ReportRequest(id=grant.id, attempt=grant.attempt, lease_token=grant.lease_token, state=State.FAILED)
         second = self.call(name, "report", request, ReportAnswer, token=target.pilot_token)
         if first is not None and second is not None and first != second:
             self._wrong(name, f"a second report got {second.state} after {first.state}")

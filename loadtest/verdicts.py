@@ -14,8 +14,9 @@ SATURATED: Final = 0.85
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What must hold. Shares are 0 to 1, of all requests; one that is bad on purpose failed if it was not refused. None:
-    not judged.
+    """What must hold. Shares are 0 to 1, of all requests; None is not judged.
+
+    A request that is bad on purpose failed if it was not refused as it should be.
 
     Latencies and rates go by operation (`getJob`, `heartbeat`, `report`, `submit`, `monitor`), latencies in
     milliseconds from when a request was due. They, and only they, are not judged where the clients were saturated.
@@ -36,8 +37,8 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """Answers a second, at least."""
     min_knee: float = 0.0
     """Of a ramp: jobs a second that must be served well."""
-    judge_p99: bool = True
-    """Of a ramp, which goes on until p99 breaks, the limit is for each step and not for the whole run: false."""
+    ramp_p99_ms: float = 500.0
+    """Of a ramp: the getJob above which a step is broken. The latencies above are of the whole run."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +84,6 @@ class Verdict(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-
 def read(path: Path) -> Slo:
     """An SLO file, TOML. Raises ClientFault(bad_slo)."""
     try:
@@ -95,10 +95,10 @@ def read(path: Path) -> Slo:
 def judge(slo: Slo, facts: Facts) -> Verdict:
     """Whether it holds."""
     misses = list(_wrong(slo, facts))
-    if not _judges_speed(slo):
+    if not (_judges_speed(slo) or facts.knee):
         return Verdict("missed" if misses else "met", misses)
     if facts.client_cpu > SATURATED:
-        note = f"the clients used {facts.client_cpu:.0%} of a core, above {SATURATED:.0%}: no verdict on speed"
+        note = f"the clients used {facts.client_cpu:.0%} of a core, above {SATURATED:.0%}: their own speed was measured"
         return Verdict("missed" if misses else "none", misses, note)
     misses += _slow(slo, facts)
     return Verdict("missed" if misses else "met", misses)
@@ -129,7 +129,7 @@ def _limits(slo: Slo) -> Mapping[str, Mapping[str, float]]:
     return {
         "p50_ms": slo.p50_ms,
         "p95_ms": slo.p95_ms,
-        "p99_ms": slo.p99_ms if slo.judge_p99 else {},
+        "p99_ms": slo.p99_ms,
         "p999_ms": slo.p999_ms,
     }
 

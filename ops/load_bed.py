@@ -26,7 +26,7 @@ from culm.wire import CancelRequest, JobsQuery, Principal, SubmitRequest
 from loadtest.bench import cpu
 from loadtest.book import Result
 from loadtest.orders import ENVIRONMENT, Order, Target, new_key, specs, weights
-from loadtest.runs import CLIENT, CpuUse, Machine, cpu_use
+from loadtest.runs import CLIENT, OTHERS, CpuUse, Machine, cpu_use
 from loadtest.scenarios import Scenario
 from ops.cli.options import router
 from ops.cli.registry import register_sites
@@ -85,9 +85,7 @@ async def targets(folder: Path, scenario: Scenario, valid_s: float) -> list[Targ
             shard=now.placement[now.sites[site].slots[0]].shard,
             weight=share,
             pilot_token=home.home(authority_of[site]).ring.issue(
-                Principal(
-                    role="pilot", subject="load-pilot", authority=authority_of[site], queues=[queue_of(site)]
-                ),
+                Principal(role="pilot", subject="load-pilot", authority=authority_of[site], queues=[queue_of(site)]),
                 valid_s,
             ),
         )
@@ -107,11 +105,9 @@ def user_token(home: Layout, valid_s: float) -> str:
     return home.ring.issue(Principal(role="user", subject="load", authority=CENTRAL, vo=VO), valid_s)
 
 
-async def feed(
-    home: Layout, token: str, some: list[Target], jobset: int, n_jobs: int, seed: int
-) -> dict[int, tuple[float, str]]:
+async def feed(home: Layout, token: str, some: list[Target], jobset: int, n_jobs: int) -> dict[int, tuple[float, str]]:
     """Make the jobs that wait when the run begins; when each was accepted, for which site."""
-    rng = random.Random(seed)  # noqa: S311  # spreads load, no secret
+    rng = random.Random(jobset)  # noqa: S311  # spreads load, no secret
     fed: dict[int, tuple[float, str]] = {}
     async with Client(home.router_url, token, patience_s=60.0) as client:
         while len(fed) < n_jobs:
@@ -181,9 +177,12 @@ class CpuBook:
         self._seen: dict[str, dict[int, float]] = {}
         self._totals: dict[str, float] = {}
         self._samples: dict[str, list[tuple[float, float]]] = {}
+        self._machine_s: float | None = None
+        self._others_s = 0.0
 
     def sample(self, pids: Mapping[str, int], now: float) -> None:
-        """Look at these processes and their children."""
+        """Look at these processes and their children, and at what all others of this machine use."""
+        before_us, machine_s = sum(self._totals.values()), cpu.machine_seconds()
         for name, pid in pids.items():
             current = cpu.of_tree(pid)
             before = self._seen.get(name)
@@ -194,6 +193,12 @@ class CpuBook:
             self._seen[name] = current
             self._samples.setdefault(name, []).append((now - self._began_at, self._totals.get(name, 0.0)))
 
+        ours_s = sum(self._totals.values()) - before_us
+        if self._machine_s is not None:
+            self._others_s += max(0.0, machine_s - self._machine_s - ours_s)
+        self._machine_s = machine_s
+        self._samples.setdefault(OTHERS, []).append((now - self._began_at, self._others_s))
+
     def uses(self) -> dict[str, CpuUse]:
         """All of them."""
         return {name: cpu_use(samples) for name, samples in self._samples.items()}
@@ -203,6 +208,13 @@ def pids_of(home: Layout) -> dict[str, int]:
     """The processes of the cluster by name."""
     told = [control.status(one.folder) for one in home.homes]
     return {p.name: p.pid for one in told if one is not None and one.alive for p in one.processes if p.pid}
+
+
+async def watch(home: Layout, book: CpuBook) -> None:
+    """Sample the cluster, and this process as its client, until cancelled."""
+    while True:
+        book.sample(pids_of(home) | {CLIENT: os.getpid()}, time.time())
+        await asyncio.sleep(SAMPLE_S)
 
 
 class Clients:
@@ -244,12 +256,10 @@ class Clients:
         finally:
             order.unlink(missing_ok=True)
 
-    async def _watch(
-        self, process: asyncio.subprocess.Process, happen: "Callable[[Note], Any] | None"
-    ) -> Result:
+    async def _watch(self, process: asyncio.subprocess.Process, happen: "Callable[[Note], Any] | None") -> Result:
         began = Path(self._order.began)
         await self._until(began.exists, process, START_S, "begin")
-        began_at = began.stat().st_mtime
+        began_at = float(await asyncio.to_thread(began.read_text, "utf-8"))
         self.cpu = CpuBook(began_at)
         happening = None if happen is None else asyncio.ensure_future(happen(self._note(began_at)))
         into = Path(self._order.into)
@@ -267,7 +277,7 @@ class Clients:
             if happening is not None:
                 happening.cancel()
                 await asyncio.gather(happening, return_exceptions=True)
-        return msgspec.json.decode(into.read_bytes(), type=Result)
+        return msgspec.json.decode(await asyncio.to_thread(into.read_bytes), type=Result)
 
     def _note(self, began_at: float) -> Note:
         return lambda text: self.events.append((time.time() - began_at, text))
@@ -295,14 +305,18 @@ def event(home: Layout, scenario: Scenario, seconds: float, shard: str) -> "Call
 
     async def pause(note: Note) -> None:
         await asyncio.sleep(seconds / 3)
-        pid = _pid(home, shard)
-        os.kill(pid, signal.SIGSTOP)
-        note(f"{shard} was stopped")
+        shards = (await _topology(home.folder)).shards
+        pids = {name: pid for name, pid in pids_of(home).items() if name in shards}
         try:
+            for pid in pids.values():
+                os.kill(pid, signal.SIGSTOP)
+            note(f"{', '.join(sorted(pids))} were stopped")
             await asyncio.sleep(seconds / 6)
         finally:
-            os.kill(pid, signal.SIGCONT)
-            note(f"{shard} goes on")
+            for pid in pids.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            note("they go on")
 
     async def add(note: Note) -> None:
         await asyncio.sleep(seconds / 3)
@@ -323,7 +337,7 @@ def event(home: Layout, scenario: Scenario, seconds: float, shard: str) -> "Call
             raise CulmError("load_failed", f"{name} could not be added: {told.decode(errors='replace').strip()}")
         note(f"{name} has joined")
 
-    return {"": None, "kill_shard": kill, "pause_shard": pause, "add_shard": add}[scenario.event]
+    return {"": None, "kill_shard": kill, "pause_shards": pause, "add_shard": add}[scenario.event]
 
 
 def _pid(home: Layout, shard: str) -> int:

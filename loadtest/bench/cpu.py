@@ -33,6 +33,14 @@ def of_tree(pid: int) -> dict[int, float]:
     return found
 
 
+def machine_seconds() -> float:
+    """What all processes of this machine have used so far, on all its processors."""
+    user, nice, system, _idle, _wait, irq, soft_irq = map(
+        int, Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:8]
+    )
+    return (user + nice + system + irq + soft_irq) * _TICK_S
+
+
 def of_all(pids: Mapping[str, int]) -> dict[str, float]:
     """The same by name. Raises ProcessLookupError."""
     return {name: seconds(pid) for name, pid in pids.items()}

@@ -14,18 +14,23 @@ from rich.console import Console
 from rich.table import Table
 
 from culm.errors import ClientFault
-from loadtest import runs, verdicts
-from loadtest.book import Result
+from culm.states import State
+from loadtest import runs, verdicts, workload_log
+from loadtest.book import Name, Result
 from loadtest.latencies import Histogram
 from loadtest.orders import Order
+from loadtest.replay import Plan
 from loadtest.runs import CLIENT, CpuUse, Run
-from loadtest.scenarios import LCG, LCG_TEXT, SCENARIOS, Scenario
+from loadtest.scenarios import LCG, LCG_SLO, LCG_TEXT, SCENARIOS, Scenario
 from loadtest.verdicts import Slo
 from ops import load_bed
-from ops.cli import exits
-from ops.cli.options import DIR, OUTPUT, console
+from ops.cli import exits, replay
+from ops.cli.options import DIR, OUTPUT, console, utc
 from ops.cluster import control
 
+LCG_FILE: Final = "../shared/data/LCG-2005-1.swf.gz"
+"""Beside the checkout."""
+LCG_PATIENCE_S: Final = 600.0
 N_WINDOWS: Final = 300
 """At most so many points in a plot."""
 STOP_S: Final = 20
@@ -46,14 +51,17 @@ def load() -> None:
 @click.option("--shard", default="us1", show_default=True, help="The one that a scenario kills or stops.")
 @click.option("--tag", "tags", multiple=True, type=click.Choice(["getjob", "update", "submit", "monitor"]))
 @click.option("--web", "web_port", type=click.IntRange(1024, 65535), help="Show Locust's pages at this port.")
+@click.option("--speed", type=click.FloatRange(1.0), help="Of lcg: seconds of the log a second.  [default: 1000]")
+@click.option("--jobs", "n_jobs", type=click.IntRange(1), help="Of lcg: from the log's start.  [default: 1000]")
+@click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help=f"Of lcg.  [default: {LCG_FILE}]")
 @click.option("--slo", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="TOML; what must hold.")
 @click.option("--json", "as_json", is_flag=True, help="After the table, the run as one JSON object on the last line.")
 @click.argument("scenario", type=click.Choice([*SCENARIOS, LCG]), metavar="SCENARIO")
 def run(folder: Path, output: str, scenario: str, **how: Any) -> None:
     """Run a SCENARIO (culm load list) against the cluster that is up, and judge it.
 
-    It takes sites of its own (LOAD-..), submits jobs for them and ends those that are left. Exit code 0 if what must hold
-    held, 1 if not, 4 if there is no verdict for the clients were the bottleneck.
+    It takes sites of its own (LOAD-..), submits jobs for them and ends those that are left. Exit code 0 if what must
+    hold held, 1 if not, 4 if there is no verdict on speed, for the clients were the bottleneck.
 
     \b
     Examples:
@@ -61,10 +69,11 @@ def run(folder: Path, output: str, scenario: str, **how: Any) -> None:
       culm load run arrivals --rate 200 --seconds 60 --slo slo.toml
       culm load run ramp --web 8089
     """
-    if importlib.util.find_spec("locust") is None:
-        raise ClientFault("no_locust", "Locust is not installed here: bin/culm load installs it", http_status=404)
-    chosen = _chosen(SCENARIOS[scenario], how)
-    stored = asyncio.run(_run(folder, scenario, chosen, how))
+    if scenario == LCG:
+        stored = asyncio.run(_run_lcg(folder, how))
+    else:
+        _require_locust()
+        stored = asyncio.run(_run(folder, scenario, _chosen(SCENARIOS[scenario], how), how))
     runs.store(folder, stored)
     if output == "json":
         click.echo(msgspec.json.encode(stored))
@@ -73,6 +82,11 @@ def run(folder: Path, output: str, scenario: str, **how: Any) -> None:
         if how["as_json"]:
             click.echo(msgspec.json.encode(stored))
     _exit(stored)
+
+
+def _require_locust() -> None:
+    if importlib.util.find_spec("locust") is None:
+        raise ClientFault("no_locust", "Locust is not installed here: bin/culm load installs it", http_status=404)
 
 
 def _exit(stored: Run) -> None:
@@ -84,7 +98,9 @@ def _exit(stored: Run) -> None:
 
 
 def _chosen(scenario: Scenario, how: dict[str, Any]) -> Scenario:
-    """The scenario as the options want it. Raises ClientFault(bad_option)."""
+    """The scenario as the options want it. Raises ClientFault(bad_option, bad_slo)."""
+    if any(how[name] is not None for name in ("speed", "n_jobs", "log")):
+        raise ClientFault("bad_option", f"--speed, --jobs and --log are for {LCG}")
     if how["n_users"] is not None:
         if scenario.rate:
             raise ClientFault("bad_option", "this scenario's load is a rate (open loop): --rate, not --users")
@@ -102,15 +118,13 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
     home = control.running(folder)
     valid_s = scenario.seconds + load_bed.SPARE_S
     seed = how["seed"] if how["seed"] is not None else time.time_ns() % 2**31
-    run_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-    place = folder / runs.FOLDER / run_id
-    place.mkdir(mode=0o700, parents=True)
+    place = runs.place(folder, name)
     spinner = Console(stderr=True).status(f"{name}: registering sites, feeding jobs")
     with spinner:
         machine = await asyncio.to_thread(load_bed.machine, folder)
         token, jobset = load_bed.user_token(home, valid_s), load_bed.new_jobset()
         targets = await load_bed.targets(folder, scenario, valid_s)
-        fed = await load_bed.feed(home, token, targets, jobset, scenario.backlog, seed)
+        fed = await load_bed.feed(home, token, targets, jobset, scenario.backlog)
         order = Order(
             router=home.router_url,
             monitor=home.monitor_url,
@@ -126,7 +140,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
             backlog=scenario.backlog,
             n_beats=scenario.n_beats,
             job_s=scenario.job_s,
-            ramp_p99_ms=scenario.slo.p99_ms.get("getJob", 500.0),
+            ramp_p99_ms=scenario.slo.ramp_p99_ms,
             fed=fed,
             began=str(place / "began"),
             into=str(place / "result.json"),
@@ -149,7 +163,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
     verdict = verdicts.judge(slo, runs.facts_of(result, n_lost, _use(uses).busiest))
     return _stored(
         result,
-        id=run_id,
+        id=place.name,
         scenario=name,
         commit=load_bed.commit(),
         seed=seed,
@@ -161,6 +175,64 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
         n_lost=n_lost,
         slo=slo,
         verdict=verdict,
+    )
+
+
+async def _run_lcg(folder: Path, how: dict[str, Any]) -> Run:
+    """The replay of a log as a run: what is judged is what became of its jobs, and how long they waited."""
+    if any(how[name] is not None for name in ("rate", "seconds", "seed", "web_port")) or how["tags"]:
+        raise ClientFault("bad_option", f"{LCG} is led by its log: --speed, --jobs, --users, --log")
+    log = how["log"] or load_bed.ROOT / LCG_FILE
+    n_jobs, speed, n_pilots = how["n_jobs"] or 1000, how["speed"] or 1000.0, how["n_users"] or 100
+    plan = Plan(workload_log.read(log, n_jobs), speed, n_pilots, LCG_PATIENCE_S)
+    home = control.running(folder)
+    machine = await asyncio.to_thread(load_bed.machine, folder)
+    place = runs.place(folder, LCG)
+    began_at = time.time()
+    book = load_bed.CpuBook(began_at)
+    watching = asyncio.create_task(load_bed.watch(home, book))
+    try:
+        replayed, report = await replay.send(folder, plan)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    waits = Histogram()
+    for some in replayed.waits.values():
+        for wait_s in some:
+            waits.add(wait_s * 1000)
+    name = Name(n_ok=report.finished, n_failed=report.submitted - report.finished, felt=waits.counts)
+    uses = book.uses()
+    result = Result(
+        began_at=began_at,
+        ended_at=began_at + report.took_s,
+        cpu_s=0.0,
+        window_s=1.0,
+        windows=[],
+        names={"job": name},
+        texts={f"job: {state}": n for state, n in report.states.items() if state != State.FINISHED},
+        n_granted=waits.n,
+        n_ended=report.finished,
+        n_empty=0,
+        n_unsent=0,
+        duplicates=[f"{report.twice} jobs run or accepted twice"] if report.twice else [],
+        accepted=list(replayed.accepted),
+        waits=waits.counts,
+    )
+    slo = verdicts.read(how["slo"]) if how["slo"] is not None else LCG_SLO
+    return _stored(
+        result,
+        id=place.name,
+        scenario=LCG,
+        commit=load_bed.commit(),
+        seed=0,
+        options={"log": log.name, "jobs": n_jobs, "speed": speed, "users.pilots": n_pilots},
+        settings=load_bed.settings_of(home),
+        machine=machine,
+        cpu=uses,
+        events=[],
+        n_lost=report.lost,
+        slo=slo,
+        verdict=verdicts.judge(slo, runs.facts_of(result, report.lost, _use(uses).busiest)),
     )
 
 
@@ -194,7 +266,12 @@ def _stored(result: Result, **known: Any) -> Run:
 
 def _locust(scenario: Scenario, how: dict[str, Any]) -> list[str]:
     """The words of Locust's own command line."""
-    words = [*(kind for kind, n in scenario.users.items() if n), "--stop-timeout", str(STOP_S), "--exit-code-on-error=0"]
+    words = [
+        *(kind for kind, n in scenario.users.items() if n),
+        "--stop-timeout",
+        str(STOP_S),
+        "--exit-code-on-error=0",
+    ]
     if how["tags"]:
         words += ["--tags", *how["tags"]]
     if how["web_port"] is None:
@@ -210,7 +287,7 @@ def _print(stored: Run) -> None:
         table.add_row(row.name, str(row.n_ok), str(row.n_busy), str(row.n_failed), *figures)
     out.print(table)
     for text, n in stored.texts.items():
-        out.print(f"failed {n} times: {text}")
+        out.print(f"{n} times: {text}")
     for one in stored.duplicates[:10]:
         out.print(f"duplicate: {one}")
     shares = ", ".join(f"{name} {use.mean:.0%}" for name, use in sorted(stored.cpu.items(), key=lambda p: -p[1].mean))
@@ -224,4 +301,95 @@ def _print(stored: Run) -> None:
         f"{len(stored.duplicates)} duplicates, {stored.n_lost} lost, {stored.n_unsent} arrivals unsent"
     )
     verdict = stored.verdict
-    out.print("; ".join(filter(None, (verdict.outcome if verdict.outcome != "none" else "", *verdict.misses, verdict.note))))
+    told = "no verdict" if verdict.outcome == "none" else verdict.outcome
+    out.print("; ".join(filter(None, (told, *verdict.misses, verdict.note))))
+
+
+@load.command("list")
+@DIR
+@OUTPUT
+def list_all(folder: Path, output: str) -> None:
+    """List the scenarios, and the runs that are stored in the cluster's folder.
+
+    \b
+    Examples:
+      culm load list
+      culm load list -o json
+    """
+    texts = {name: scenario.text for name, scenario in SCENARIOS.items()} | {LCG: LCG_TEXT}
+    stored, unreadable = [], []
+    for name in runs.names(folder):
+        try:
+            stored.append(runs.load(folder, name))
+        except ClientFault as error:
+            unreadable.append(error.message)
+    if output == "json":
+        told = [{"id": r.id, "scenario": r.scenario, "began_at": r.began_at, "verdict": r.verdict} for r in stored]
+        click.echo(msgspec.json.encode({"scenarios": texts, "runs": told}))
+        return
+    out = console()
+    table = Table("scenario", "load", "seconds", "what")
+    for name, text in texts.items():
+        one = SCENARIOS.get(name)
+        full = "" if one is None else f"{one.rate:.0f}/s" if one.rate else f"{one.users['PilotUser']} pilots"
+        table.add_row(name, full, "" if one is None else f"{one.seconds:.0f}", text)
+    out.print(table)
+    for text in unreadable:
+        click.echo(f"cannot be read: {text}", err=True)
+    if not stored:
+        return
+    table = Table("run", "began", "commit", "getJob/s", "p99 ms", "verdict")
+    for run_ in stored:
+        rows = {row.name: row for row in run_.rows}
+        row = rows.get("getJob") or rows.get("job")
+        figures = ("", "") if row is None else (f"{row.rate:.1f}", f"{row.p99_ms:.1f}")
+        table.add_row(run_.id, utc(run_.began_at), run_.commit[:10], *figures, run_.verdict.outcome)
+    out.print(table)
+
+
+@load.command()
+@DIR
+@OUTPUT
+@click.argument("first")
+@click.argument("second")
+def compare(folder: Path, output: str, first: str, second: str) -> None:
+    """Compare two stored runs, FIRST and SECOND (an id of culm load list, or last): figures, and what else differs.
+
+    \b
+    Examples:
+      culm load compare arrivals-20260101-120000 last
+    """
+    compared = runs.compare(runs.load(folder, first), runs.load(folder, second))
+    if output == "json":
+        click.echo(msgspec.json.encode(compared))
+        return
+    table = Table("", "figure", compared.first, compared.second, "second / first")
+    for one in compared.figures:
+        ratio = "" if one.ratio is None else f"{one.ratio:.2f}x"
+        table.add_row(one.name, one.figure, f"{one.first:.1f}", f"{one.second:.1f}", ratio)
+    out = console()
+    out.print(table)
+    for text in compared.differences:
+        out.print(f"differs: {text}")
+
+
+@load.command()
+@DIR
+@OUTPUT
+@click.option("--to", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where.  [default: with the run]")
+@click.argument("run_id", metavar="RUN")
+def report(folder: Path, output: str, path: Path | None, run_id: str) -> None:
+    """Write a stored RUN (an id of culm load list, or last) as one HTML page with plots.
+
+    \b
+    Examples:
+      culm load report last
+      culm load report smoke-20260101-120000 --to smoke.html
+    """
+    _require_locust()
+    from loadtest.report import page  # noqa: PLC0415  # matplotlib comes with Locust, and is slow to import
+
+    stored = runs.load(folder, run_id)
+    into = path or folder / runs.FOLDER / stored.id / "report.html"
+    into.write_text(page(stored), encoding="utf-8")
+    click.echo(msgspec.json.encode({"report": str(into)}) if output == "json" else into)

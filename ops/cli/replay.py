@@ -45,7 +45,7 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
     """
     jobs = workload_log.read(log, n_jobs)
     plan = Plan(jobs, how["speed"], int(how["n_pilots"]), how["patience_s"])
-    report = asyncio.run(_run(folder, plan))
+    _, report = asyncio.run(send(folder, plan))
     if output == "json":
         click.echo(msgspec.json.encode(report))
     else:
@@ -54,10 +54,14 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
         sys.exit(exits.FAILED)
 
 
-async def _run(folder: Path, plan: Plan) -> ReplayReport:
+async def send(folder: Path, plan: Plan) -> tuple[Replay, ReplayReport]:
+    """Register the log's sites and replay it, with a progress bar; the clients' books, and what became of the jobs.
+
+    Raises ClientFault(no_keys), Unavailable(not_running), and what no client could repair.
+    """
     layout = control.running(folder)
     replay = Replay(plan)
-    authority_of = await register(folder, replay.sites)
+    authority_of = await _register(folder, replay.sites)
     ring = layout.ring
     if not ring.kids():
         raise ClientFault("no_keys", f"{layout.keys} holds no signing key of {CENTRAL}", http_status=404)
@@ -78,7 +82,7 @@ async def _run(folder: Path, plan: Plan) -> ReplayReport:
 
         showing = asyncio.create_task(show())
         try:
-            return await replay.run(
+            report = await replay.run(
                 layout.router_url,
                 user_token,
                 lambda site: token(folder, "pilot", authority_of[site]),
@@ -88,9 +92,10 @@ async def _run(folder: Path, plan: Plan) -> ReplayReport:
             showing.cancel()
             for bar, n_done in zip(bars, (len(replay.accepted), len(replay.ended)), strict=True):
                 progress.update(bar, completed=n_done)
+    return replay, report
 
 
-async def register(folder: Path, sites: list[str]) -> dict[str, str]:
+async def _register(folder: Path, sites: list[str]) -> dict[str, str]:
     """Register the log's sites, each in its region, unless it is known; which authority decides about each."""
     async with router(folder, "admin") as client:
         known = Topology((await client.get("topology", {}, TopologyAnswer)).sections)
