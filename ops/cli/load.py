@@ -22,6 +22,7 @@ from loadtest.orders import Order
 from loadtest.replay import Plan
 from loadtest.runs import CLIENT, CpuUse, Run
 from loadtest.scenarios import LCG, LCG_SLO, LCG_TEXT, SCENARIOS, Scenario
+from loadtest.shapes import RAMP
 from loadtest.verdicts import Slo
 from ops import load_bed
 from ops.cli import exits, replay
@@ -135,7 +136,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
             shape=scenario.shape,
             rate=scenario.rate,
             seconds=scenario.seconds,
-            window_s=max(1.0, scenario.seconds / N_WINDOWS),
+            window_s=1.0 if scenario.shape == RAMP else max(1.0, scenario.seconds / N_WINDOWS),
             seed=seed,
             backlog=scenario.backlog,
             n_beats=scenario.n_beats,
@@ -152,13 +153,6 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
         n_lost = await load_bed.count_lost(home, token, jobset, result.accepted, result.n_ended)
         await load_bed.clear(home, token, jobset)
     uses = clients.cpu.uses()
-    options: dict[str, float | int | str] = {
-        key: value
-        for key, value in msgspec.to_builtins(replace(scenario, slo=Slo())).items()
-        if isinstance(value, float | int | str) and key != "text"
-    }
-    options |= {f"users.{kind}": n for kind, n in scenario.users.items()}
-    options["tags"] = " ".join(how["tags"])
     slo = scenario.slo
     verdict = verdicts.judge(slo, runs.facts_of(result, n_lost, _use(uses).busiest))
     return _stored(
@@ -167,7 +161,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
         scenario=name,
         commit=load_bed.commit(),
         seed=seed,
-        options=options,
+        options=_options(scenario, how),
         settings=load_bed.settings_of(home),
         machine=machine,
         cpu=uses,
@@ -234,6 +228,17 @@ async def _run_lcg(folder: Path, how: dict[str, Any]) -> Run:
         slo=slo,
         verdict=verdicts.judge(slo, runs.facts_of(result, report.lost, _use(uses).busiest)),
     )
+
+
+def _options(scenario: Scenario, how: dict[str, Any]) -> dict[str, float | int | str]:
+    """All that the run was led by."""
+    options: dict[str, float | int | str] = {
+        key: value
+        for key, value in msgspec.to_builtins(replace(scenario, slo=Slo())).items()
+        if isinstance(value, float | int | str) and key != "text"
+    }
+    options |= {f"users.{kind}": n for kind, n in scenario.users.items()}
+    return options | {"tags": " ".join(how["tags"])}
 
 
 def _use(uses: dict[str, CpuUse]) -> CpuUse:
