@@ -1,0 +1,106 @@
+"""`culm load` end to end: real clients on a real cluster; what is asserted is correctness, never speed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest import runs
+from tests import servers
+from tests.cluster import Cluster, cluster, culm, decoded, remove_sockets
+
+pytestmark = pytest.mark.system
+PATIENT = {"CULM_SHARD_TIMEOUTS__FIRST_LEASE_S": "60", "CULM_SHARD_TIMEOUTS__HEARTBEAT_S": "60"}
+"""A busy machine must not end the lease of a client that is alive."""
+RUN_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Cluster]:
+    """A cluster for load."""
+    with servers.folder() as name, cluster(Path(name) / "c", PATIENT) as found:
+        yield found
+
+
+def _run(loaded: Cluster, scenario: str, *words: str) -> dict[str, Any]:
+    done = loaded.culm("load", "run", scenario, "--json", *words, timeout_s=RUN_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert told["verdict"] == {"outcome": "met", "misses": [], "note": ""}
+    assert (told["duplicates"], told["n_lost"], told["n_ended"] > 0) == ([], 0, True)
+    assert sum(row["n_failed"] for row in told["rows"]) == 0
+    return told
+
+
+def test_the_smoke_run_fails_nothing_and_gives_nothing_twice(loaded: Cluster) -> None:
+    told = _run(loaded, "smoke")
+    rows = {row["name"]: row for row in told["rows"]}
+    assert {"getJob", "heartbeat", "report", "submit", "monitor", "bad"} <= rows.keys()
+    assert {f"getJob [{shard}]" for shard in ("us1", "eu1", "cern1")} <= rows.keys()
+    assert all(row["n_ok"] > 0 for row in rows.values())
+    assert {"client", "router", "us1", "us1-db", "cern1"} <= told["cpu"].keys()
+    assert told["cpu"]["client"]["mean"] > 0
+    assert told["settings"].keys() >= {"router", "us1", "cern1"}
+    assert loaded.audit() == []
+    # Nothing of it waits for anybody, and nobody else's work was touched.
+    assert decoded(loaded.culm("counts", "-o", "json"))["total"].keys() <= {"finished", "cancelled"}
+    # The order had tokens: it is gone, and they stand nowhere else.
+    place = loaded.layout.folder / runs.FOLDER / told["id"]
+    assert sorted(path.name for path in place.iterdir()) == ["began", "locust.log", "result.json", "run.json"]
+    assert [path for path in place.iterdir() if b"eyJ" in path.read_bytes()] == []
+
+
+def test_a_stored_run_is_listed_compared_and_reported(loaded: Cluster) -> None:
+    for _ in range(2):
+        _run(loaded, "arrivals", "--rate", "20", "--seconds", "3", "--slo", str(_slo(loaded)))
+    listed = decoded(loaded.culm("load", "list", "-o", "json"))
+    assert {"smoke", "ramp", "herd", "lcg"} <= listed["scenarios"].keys()
+    first, second = [one["id"] for one in listed["runs"] if one["scenario"] == "arrivals"]
+    compared = decoded(loaded.culm("load", "compare", first, "last", "-o", "json"))
+    assert compared["second"] == second
+    assert [text for text in compared["differences"] if not text.startswith("seed")] == []
+    page = Path(decoded(loaded.culm("load", "report", second, "-o", "json"))["report"])
+    assert page.read_text(encoding="utf-8").count("data:image/svg+xml") == 4
+
+
+def _slo(loaded: Cluster) -> Path:
+    path = loaded.layout.folder / "slo.toml"
+    path.write_text("n_unsent = 0\n", encoding="utf-8")
+    return path
+
+
+def test_what_an_slo_file_asks_for_in_vain_is_exit_code_1(loaded: Cluster) -> None:
+    path = loaded.layout.folder / "never.toml"
+    path.write_text("[p99_ms]\nof_nobody = 1\n", encoding="utf-8")
+    done = loaded.culm("load", "run", "smoke", "--seconds", "2", "--slo", str(path), timeout_s=RUN_S)
+    assert done.returncode == 1, done.stderr
+    assert "of_nobody: no request was answered" in done.stdout
+
+
+def test_a_shard_that_is_killed_under_load_loses_and_repeats_nothing(loaded: Cluster) -> None:
+    told = _run(loaded, "shard-loss", "--rate", "20", "--seconds", "9", "--slo", str(_slo(loaded)))
+    assert [text for _, text in told["events"]] == ["us1 was killed"]
+    assert told["n_ended"] == told["n_granted"]
+    assert loaded.audit() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("run", "smoke"), 4, "not_running"),
+        (("run", "lcg", "--rate", "5"), 2, "bad_option"),
+        (("run", "smoke", "--rate", "5"), 2, "bad_option"),
+        (("run", "arrivals", "--users", "5"), 2, "bad_option"),
+        (("run", "arrivals", "--speed", "5"), 2, "bad_option"),
+        (("run", "nothing"), 2, "'nothing' is not one of"),
+        (("compare", "one", "other"), 3, "unknown_run"),
+        (("report", "last"), 3, "unknown_run"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(words: tuple[str, ...], code: int, text: str, folder: Path) -> None:
+    done = culm("load", *words, folder=folder)
+    assert (done.returncode, text in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    remove_sockets(folder)
