@@ -54,7 +54,7 @@ class Result(msgspec.Struct, kw_only=True):
     """Failures, and answers that asked to come again, by their text."""
     n_granted: int
     n_ended: int
-    """Jobs whose end was reported and accepted."""
+    """Jobs whose end was reported and accepted, those that an earlier run had left among them."""
     n_empty: int
     """Answers to get_job without a job."""
     n_unsent: int
@@ -62,6 +62,8 @@ class Result(msgspec.Struct, kw_only=True):
     duplicates: list[str]
     accepted: list[int]
     """Ids of all jobs that were submitted and acknowledged."""
+    ended: list[int]
+    """Those of them whose end was reported and accepted."""
     waits: dict[int, int]
     """Buckets: from an accepted submit to the pilot."""
     knee: float = 0.0
@@ -162,6 +164,10 @@ class Book:
             self.duplicates.append(f"job {job}: ended by the attempts {first} and {attempt}")
         else:
             self.n_ended = len(self._ended)
+
+    def ended_own(self) -> list[int]:
+        """The ended jobs that this run has submitted: a run before may have left others."""
+        return [job for job in self._ended if job in self.accepted]
 
     def step(self, operation_: str, since: float, until: float) -> StepFigures:
         """What was seen of an operation in the whole windows of this span."""

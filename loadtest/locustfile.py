@@ -91,6 +91,7 @@ def end(**_: Any) -> None:
         n_unsent=_STAGE.n_due - _STAGE.n_done,
         duplicates=book.duplicates,
         accepted=list(book.accepted),
+        ended=book.ended_own(),
         waits=book.waits.counts,
         knee=_ramp.knee if _ramp is not None else 0.0,
         broken_by=_ramp.broken_by if _ramp is not None else "",

@@ -119,6 +119,14 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         slo=_FAULT,
     ),
 }
+TAGS: Final[dict[str, frozenset[str]]] = {
+    "PilotUser": frozenset({"getjob", "update"}),
+    "ArrivalUser": frozenset({"getjob", "update"}),
+    "Submitter": frozenset({"submit"}),
+    "Shifter": frozenset({"monitor"}),
+    "BadPilot": frozenset({"getjob", "update"}),
+}
+"""What each user does, by the tags of his tasks: one who has none of the tags that are asked for stays at home."""
 LCG: Final = "lcg"
 LCG_SLO: Final = Slo()
 LCG_TEXT: Final = "the log of a real grid, scaled in time (--speed), as `culm replay` sends it"

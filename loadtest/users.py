@@ -229,15 +229,17 @@ class _PilotTasks(SequentialTaskSet):
     @task
     def ask(self) -> None:
         """A job, or a pause."""
-        self.user.grant = self.user.get_job(self.user.target)
-        if self.user.grant is None:
-            gevent.sleep(PAUSE_S)
+        self.user.grant = None
+        self.user.take()
 
     @tag("update")
     @task
     def live(self) -> None:
         """Heartbeats over the job's time."""
         user = self.user
+        # Where `ask` is left out by the tags, or got none.
+        if user.grant is None:
+            user.take()
         pause_s = user.stage.order.job_s / (user.stage.order.n_beats + 1)
         for n in range(user.stage.order.n_beats):
             if user.grant is not None:
@@ -264,6 +266,12 @@ class PilotUser(Api):
     def on_start(self) -> None:
         """Its site."""
         self.target = self.stage.target()
+
+    def take(self) -> None:
+        """Get a job, or wait a moment."""
+        self.grant = self.get_job(self.target)
+        if self.grant is None:
+            gevent.sleep(PAUSE_S)
 
     def on_stop(self) -> None:
         """Give back what it has."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ SPARE_S: Final = 3600.0
 SAMPLE_S: Final = 0.5
 START_S: Final = 60.0
 END_S: Final = 90.0
+LEAVE_S: Final = 5.0
+CLEAR_S: Final = 10.0
 FEED: Final = 1000
 SECRET_WORDS: Final = ("password", "token", "secret", "key")
 _RUN_S: Final = "the clients did not {} within {:.0f} s, see {}"
@@ -55,6 +57,26 @@ Note = Callable[[str], None]
 def queue_of(site: str) -> str:
     """The computing queue of a site of a load run."""
     return f"{site}-load"
+
+
+@contextlib.asynccontextmanager
+async def own_jobset(home: Layout, token: str) -> AsyncIterator[int]:
+    """A jobset of the run's own; whatever is left of its jobs is ended, however the run ends."""
+    jobset = secrets.randbits(47) | 1
+    try:
+        yield jobset
+    except BaseException:
+        with contextlib.suppress(CulmError):
+            await _end_jobs(home, token, jobset)
+        raise
+    await _end_jobs(home, token, jobset)
+
+
+async def _end_jobs(home: Layout, token: str, jobset: int) -> None:
+    async with Client(home.router_url, token, patience_s=CLEAR_S) as client:
+        # A call ends a bounded number of jobs of a jobset.
+        while any(job.outcome == "cancelled" for job in (await client.cancel(CancelRequest(jobset=jobset))).jobs):
+            pass
 
 
 async def targets(folder: Path, scenario: Scenario, valid_s: float) -> list[Target]:
@@ -248,7 +270,12 @@ class Clients:
                     start_new_session=True,
                 )
             try:
-                return await self._watch(process, happen)
+                result = await self._watch(process, happen)
+                # It ends by itself when it has written its result.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LEAVE_S):
+                        await process.wait()
+                return result
             finally:
                 if process.returncode is None:
                     process.kill()
@@ -350,25 +377,13 @@ def _pid(home: Layout, shard: str) -> int:
 # --- after -----------------------------------------------------------------------------------------------------------
 
 
-async def count_lost(home: Layout, token: str, jobset: int, accepted: Iterable[int], n_ended: int) -> int:
+async def count_lost(home: Layout, token: str, jobset: int, result: Result) -> int:
     """Jobs that were acknowledged and are not known, and ends that were acknowledged and are not stored."""
     async with Client(home.router_url, token, patience_s=60.0) as client:
         rows, missing = await client.all_jobs(JobsQuery(jobset=jobset, limit=1000))
     if missing:
         raise Unavailable("shard_down", f"no answer from {', '.join(missing)}: what became of the jobs is not known")
-    finished = sum(row.state is State.FINISHED for row in rows)
-    return len(set(accepted) - {row.id for row in rows}) + max(0, n_ended - finished)
-
-
-async def clear(home: Layout, token: str, jobset: int) -> None:
-    """End what is left of a run's jobs."""
-    async with Client(home.router_url, token, patience_s=60.0) as client:
-        while (answer := await client.cancel(CancelRequest(jobset=jobset))).jobs and any(
-            job.outcome == "cancelled" for job in answer.jobs
-        ):
-            pass
-
-
-def new_jobset() -> int:
-    """A jobset of the run's own."""
-    return secrets.randbits(47) | 1
+    states = {row.id: row.state for row in rows}
+    return sum(job not in states for job in result.accepted) + sum(
+        states.get(job) is not State.FINISHED for job in result.ended if job in states
+    )

@@ -21,13 +21,14 @@ from loadtest.latencies import Histogram
 from loadtest.orders import Order
 from loadtest.replay import Plan
 from loadtest.runs import CLIENT, CpuUse, Run
-from loadtest.scenarios import LCG, LCG_SLO, LCG_TEXT, SCENARIOS, Scenario
+from loadtest.scenarios import LCG, LCG_SLO, LCG_TEXT, SCENARIOS, TAGS, Scenario
 from loadtest.shapes import RAMP
 from loadtest.verdicts import Slo
 from ops import load_bed
 from ops.cli import exits, replay
 from ops.cli.options import DIR, OUTPUT, console, utc
 from ops.cluster import control
+from ops.cluster.layout import Layout
 
 LCG_FILE: Final = "../shared/data/LCG-2005-1.swf.gz"
 """Beside the checkout."""
@@ -105,11 +106,18 @@ def _chosen(scenario: Scenario, how: dict[str, Any]) -> Scenario:
     if how["n_users"] is not None:
         if scenario.rate:
             raise ClientFault("bad_option", "this scenario's load is a rate (open loop): --rate, not --users")
-        scenario = replace(scenario, users=scenario.users | {"PilotUser": how["n_users"]})
+        scenario = replace(scenario, users={**scenario.users, "PilotUser": how["n_users"]})
     if how["rate"] is not None:
         if not scenario.rate:
             raise ClientFault("bad_option", "this scenario's load is a number of pilots (closed loop): --users")
         scenario = replace(scenario, rate=how["rate"])
+    if how["tags"]:
+        # Who has none of the tags stays at home, whoever needs what he makes.
+        wanted = set(how["tags"])
+        staying = {kind: n for kind, n in scenario.users.items() if TAGS[kind] & wanted}
+        if not staying:
+            raise ClientFault("bad_option", f"nobody in this scenario does {' or '.join(how['tags'])}")
+        scenario = replace(scenario, users=staying)
     if how["seconds"] is not None:
         scenario = replace(scenario, seconds=how["seconds"])
     return replace(scenario, slo=verdicts.read(how["slo"])) if how["slo"] is not None else scenario
@@ -117,44 +125,19 @@ def _chosen(scenario: Scenario, how: dict[str, Any]) -> Scenario:
 
 async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any]) -> Run:
     home = control.running(folder)
-    valid_s = scenario.seconds + load_bed.SPARE_S
+    token = load_bed.user_token(home, scenario.seconds + load_bed.SPARE_S)
     seed = how["seed"] if how["seed"] is not None else time.time_ns() % 2**31
     place = runs.place(folder, name)
-    spinner = Console(stderr=True).status(f"{name}: registering sites, feeding jobs")
-    with spinner:
+    with Console(stderr=True).status(f"{name}: registering sites, feeding jobs") as spinner:
         machine = await asyncio.to_thread(load_bed.machine, folder)
-        token, jobset = load_bed.user_token(home, valid_s), load_bed.new_jobset()
-        targets = await load_bed.targets(folder, scenario, valid_s)
-        fed = await load_bed.feed(home, token, targets, jobset, scenario.backlog)
-        order = Order(
-            router=home.router_url,
-            monitor=home.monitor_url,
-            targets=targets,
-            user_token=token,
-            jobset=jobset,
-            users=scenario.users,
-            shape=scenario.shape,
-            rate=scenario.rate,
-            seconds=scenario.seconds,
-            window_s=1.0 if scenario.shape == RAMP else max(1.0, scenario.seconds / N_WINDOWS),
-            seed=seed,
-            backlog=scenario.backlog,
-            n_beats=scenario.n_beats,
-            job_s=scenario.job_s,
-            ramp_p99_ms=scenario.slo.ramp_p99_ms,
-            fed=fed,
-            began=str(place / "began"),
-            into=str(place / "result.json"),
-        )
-        clients = load_bed.Clients(home, place, order, _locust(scenario, how))
-        spinner.update(f"{name}: {scenario.seconds:.0f} s")
-        result = await clients.run(load_bed.event(home, scenario, scenario.seconds, how["shard"]))
-        spinner.update(f"{name}: looking for what became of the jobs")
-        n_lost = await load_bed.count_lost(home, token, jobset, result.accepted, result.n_ended)
-        await load_bed.clear(home, token, jobset)
+        async with load_bed.own_jobset(home, token) as jobset:
+            order = await _order(home, place, scenario, token, jobset, seed)
+            clients = load_bed.Clients(home, place, order, _locust(scenario, how))
+            spinner.update(f"{name}: {scenario.seconds:.0f} s")
+            result = await clients.run(load_bed.event(home, scenario, scenario.seconds, how["shard"]))
+            spinner.update(f"{name}: looking for what became of the jobs")
+            n_lost = await load_bed.count_lost(home, token, jobset, result)
     uses = clients.cpu.uses()
-    slo = scenario.slo
-    verdict = verdicts.judge(slo, runs.facts_of(result, n_lost, _use(uses).busiest))
     return _stored(
         result,
         id=place.name,
@@ -167,8 +150,34 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
         cpu=uses,
         events=clients.events,
         n_lost=n_lost,
-        slo=slo,
-        verdict=verdict,
+        slo=scenario.slo,
+        verdict=verdicts.judge(scenario.slo, runs.facts_of(result, n_lost, _use(uses).busiest)),
+    )
+
+
+async def _order(home: Layout, place: Path, scenario: Scenario, token: str, *numbers: int) -> Order:
+    jobset, seed = numbers
+    targets = await load_bed.targets(home.folder, scenario, scenario.seconds + load_bed.SPARE_S)
+    return Order(
+        router=home.router_url,
+        monitor=home.monitor_url,
+        targets=targets,
+        user_token=token,
+        jobset=jobset,
+        users=scenario.users,
+        shape=scenario.shape,
+        rate=scenario.rate,
+        seconds=scenario.seconds,
+        # The steps of a ramp are some seconds long, however long it may take.
+        window_s=1.0 if scenario.shape == RAMP else max(1.0, scenario.seconds / N_WINDOWS),
+        seed=seed,
+        backlog=scenario.backlog,
+        n_beats=scenario.n_beats,
+        job_s=scenario.job_s,
+        ramp_p99_ms=scenario.slo.ramp_p99_ms,
+        fed=await load_bed.feed(home, token, targets, jobset, scenario.backlog),
+        began=str(place / "began"),
+        into=str(place / "result.json"),
     )
 
 
@@ -210,6 +219,7 @@ async def _run_lcg(folder: Path, how: dict[str, Any]) -> Run:
         n_unsent=0,
         duplicates=[f"{report.twice} jobs run or accepted twice"] if report.twice else [],
         accepted=list(replayed.accepted),
+        ended=list(replayed.ended),
         waits=waits.counts,
     )
     slo = verdicts.read(how["slo"]) if how["slo"] is not None else LCG_SLO
@@ -271,17 +281,12 @@ def _stored(result: Result, **known: Any) -> Run:
 
 def _locust(scenario: Scenario, how: dict[str, Any]) -> list[str]:
     """The words of Locust's own command line."""
-    words = [
-        *(kind for kind, n in scenario.users.items() if n),
-        "--stop-timeout",
-        str(STOP_S),
-        "--exit-code-on-error=0",
-    ]
+    words = [*scenario.users, "--stop-timeout", str(STOP_S), "--exit-code-on-error=0"]
     if how["tags"]:
         words += ["--tags", *how["tags"]]
     if how["web_port"] is None:
         return [*words, "--headless", "--only-summary"]
-    return [*words, "--web-host", "127.0.0.1", "--web-port", str(how["web_port"]), "--autostart", "--autoquit", "5"]
+    return [*words, "--web-host", "127.0.0.1", "--web-port", str(how["web_port"]), "--autostart", "--autoquit", "1"]
 
 
 def _print(stored: Run) -> None:

@@ -42,6 +42,15 @@ def test_a_job_that_two_attempts_ended_is_a_duplicate_and_a_repeated_report_is_n
     assert book.duplicates == ["job 7: ended by the attempts 1 and 2"]
 
 
+def test_a_job_that_an_earlier_run_left_is_not_taken_for_one_of_this_run() -> None:
+    book = Book(0.0, 1.0)
+    book.accept(7, "A", 1.0)
+    for job in (7, 8):
+        book.grant(job, 1, f"for {job}", 2.0)
+        book.end(job, 1)
+    assert (book.n_ended, book.ended_own()) == (2, [7])
+
+
 def test_an_id_of_two_submits_is_a_duplicate() -> None:
     book = Book(0.0, 1.0)
     book.accept(7, "A", 1.0)
@@ -180,7 +189,7 @@ def _result(**changes: Any) -> Result:
     values: dict[str, Any] = {
         "began_at": 1000.0, "ended_at": 1010.0, "cpu_s": 1.0, "window_s": 1.0, "windows": book.windows,
         "names": book.names, "texts": {}, "n_granted": 100, "n_ended": 100, "n_empty": 0, "n_unsent": 0,
-        "duplicates": [], "accepted": [], "waits": {},
+        "duplicates": [], "accepted": [], "ended": [], "waits": {},
     }  # fmt: skip
     return Result(**(values | changes))
 

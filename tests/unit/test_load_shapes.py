@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loadtest.arrivals import Schedule
 from loadtest.latencies import GROWTH, PERCENTILES, Histogram, together
 from loadtest.orders import Target, specs, weights
-from loadtest.scenarios import SCENARIOS
+from loadtest.scenarios import SCENARIOS, TAGS
 from loadtest.shapes import RAMP, SHAPES, Ramp, StepFigures, diurnal, spike, step
 from tests.checks.repository import ROOT
 
@@ -52,6 +52,21 @@ def test_every_scenario_names_a_shape_and_users_that_there_are() -> None:
         assert ("ArrivalUser" in scenario.users) == (scenario.rate > 0), name
         assert scenario.rate > 0 or scenario.users["PilotUser"] > 0, name
         assert scenario.users["Submitter"] > 0, name
+
+
+def test_the_table_of_tags_says_what_the_users_do() -> None:
+    module = ast.parse(Path(ROOT / "loadtest" / "users.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    tasks = {"PilotUser": "_PilotTasks"}
+    for name, tags in TAGS.items():
+        found = {
+            str(argument.value)
+            for call in ast.walk(classes[tasks.get(name, name)])
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tag"
+            for argument in call.args
+            if isinstance(argument, ast.Constant)
+        }
+        assert found == tags, name
 
 
 # --- the ramp --------------------------------------------------------------------------------------------------------
