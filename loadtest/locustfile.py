@@ -9,7 +9,7 @@ import msgspec
 from locust import LoadTestShape, events
 
 from loadtest.book import GET_JOB, Result
-from loadtest.orders import ENVIRONMENT, Order
+from loadtest.orders import ENVIRONMENT, Order, Target
 from loadtest.shapes import RAMP, SHAPES, Ramp
 from loadtest.users import Api, ArrivalUser, BadPilot, PilotUser, Shifter, Stage, Submitter
 
@@ -34,12 +34,16 @@ class OrderedShape(LoadTestShape):
     """The shape that the order names."""
 
     _step_from_s = 0.0
+    _has_more = False
 
     def tick(self) -> tuple[int, float] | None:
         """Users now, or None at the end; the rate of the arrivals is set by the way."""
         t = _STAGE.now() - _STAGE.book.began_at
         if t >= _ORDER.seconds:
             return None
+        if not self._has_more and Path(_ORDER.more).exists():
+            self._has_more = True
+            _STAGE.targets = msgspec.json.decode(Path(_ORDER.more).read_bytes(), type=list[Target])
         users = dict(_ORDER.users)
         if _ramp is not None:
             if t - self._step_from_s >= STEP_S:

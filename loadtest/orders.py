@@ -48,6 +48,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """A file to make when the run begins."""
     into: str
     """Where to write the Result."""
+    more: str
+    """A file that may come during the run: the sites from then on, as JSON."""
 
 
 def specs(targets: Sequence[Target], n_jobs: int, rng: random.Random) -> list[JobSpec]:

@@ -98,7 +98,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         slo=_FAULT,
     ),
     "add-shard": Scenario(
-        text="a shard joins in the middle, and stays: no request may fail",
+        text="a shard joins in the middle, takes its share, and stays: no request may fail",
         users=_ARRIVALS,
         rate=60.0,
         event="add_shard",

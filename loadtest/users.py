@@ -68,6 +68,7 @@ class Stage:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.rng = random.Random(order.seed)  # noqa: S311  # spreads load, no secret
+        self.targets = order.targets
         self.rate = 0.0
         self.n_due = 0
         self.n_done = 0
@@ -89,8 +90,7 @@ class Stage:
 
     def target(self) -> Target:
         """One of the sites, by their weights."""
-        targets = self.order.targets
-        return self.rng.choices(targets, [one.weight for one in targets])[0]
+        return self.rng.choices(self.targets, [one.weight for one in self.targets])[0]
 
 
 class Api(FastHttpUser):
@@ -324,7 +324,7 @@ class Submitter(Api):
     def submit(self) -> None:
         """A hundred jobs for the sites where too few wait."""
         order, book = self.stage.order, self.stage.book
-        short = [one for one in order.targets if book.n_waiting[one.site] < order.backlog * one.weight]
+        short = [one for one in self.stage.targets if book.n_waiting[one.site] < order.backlog * one.weight]
         if not short:
             gevent.sleep(LOOK_S)
             return

@@ -281,7 +281,8 @@ class Clients:
                     process.kill()
                     await process.wait()
         finally:
-            order.unlink(missing_ok=True)
+            for path in (order, Path(self._order.more)):
+                path.unlink(missing_ok=True)
 
     async def _watch(self, process: asyncio.subprocess.Process, happen: "Callable[[Note], Any] | None") -> Result:
         began = Path(self._order.began)
@@ -322,8 +323,12 @@ class Clients:
             await asyncio.sleep(SAMPLE_S)
 
 
-def event(home: Layout, scenario: Scenario, seconds: float, shard: str) -> "Callable[[Note], Any] | None":
-    """What is to happen to the cluster in the middle of a run, if anything."""
+def event(home: Layout, scenario: Scenario, shard: str, more: Path) -> "Callable[[Note], Any] | None":
+    """What is to happen to the cluster in the middle of a run, if anything.
+
+    `shard` is the one that is killed, `more` where the clients look for further sites.
+    """
+    seconds = scenario.seconds
 
     async def kill(note: Note) -> None:
         await asyncio.sleep(seconds / 3)
@@ -348,10 +353,10 @@ def event(home: Layout, scenario: Scenario, seconds: float, shard: str) -> "Call
     async def add(note: Note) -> None:
         await asyncio.sleep(seconds / 3)
         known = (await _topology(home.folder)).shards
-        name = next(name for n in range(1, 1000) if (name := f"load{n}") not in known)
-        region = next(iter((await _topology(home.folder)).sections[CENTRAL].regions))
+        number = next(n for n in range(1, 1000) if f"load{n}" not in known)
+        name, region = f"load{number}", f"LOAD{number}"
         words = ("shard", "add", name, "--region", region, "--dir", str(home.folder), "--reason", "a load run")
-        note(f"{name} is being added to {region}")
+        note(f"{name} is being added for the region {region}")
         adding = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "ops", *words),
             stdin=asyncio.subprocess.DEVNULL,
@@ -363,8 +368,18 @@ def event(home: Layout, scenario: Scenario, seconds: float, shard: str) -> "Call
         if adding.returncode:
             raise CulmError("load_failed", f"{name} could not be added: {told.decode(errors='replace').strip()}")
         note(f"{name} has joined")
+        await _tell(more, await targets(home.folder, scenario, seconds + SPARE_S))
+        note(f"{name} takes its share")
 
     return {"": None, "kill_shard": kill, "pause_shards": pause, "add_shard": add}[scenario.event]
+
+
+async def _tell(more: Path, sites: list[Target]) -> None:
+    """Let the clients go on with these sites. They have tokens: the file is private, and goes with the order's."""
+    beside = more.with_suffix(".new")
+    beside.touch(mode=0o600)
+    await asyncio.to_thread(beside.write_bytes, msgspec.json.encode(sites))
+    await asyncio.to_thread(beside.replace, more)
 
 
 def _pid(home: Layout, shard: str) -> int:

@@ -134,7 +134,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
             order = await _order(home, place, scenario, token, jobset, seed)
             clients = load_bed.Clients(home, place, order, _locust(scenario, how))
             spinner.update(f"{name}: {scenario.seconds:.0f} s")
-            result = await clients.run(load_bed.event(home, scenario, scenario.seconds, how["shard"]))
+            result = await clients.run(load_bed.event(home, scenario, how["shard"], Path(order.more)))
             spinner.update(f"{name}: looking for what became of the jobs")
             n_lost = await load_bed.count_lost(home, token, jobset, result)
     uses = clients.cpu.uses()
@@ -178,6 +178,7 @@ async def _order(home: Layout, place: Path, scenario: Scenario, token: str, *num
         fed=await load_bed.feed(home, token, targets, jobset, scenario.backlog),
         began=str(place / "began"),
         into=str(place / "result.json"),
+        more=str(place / "more.json"),
     )
 
 

@@ -86,6 +86,14 @@ def test_a_shard_that_is_killed_under_load_loses_and_repeats_nothing(loaded: Clu
     assert loaded.audit() == []
 
 
+def test_a_shard_that_joins_under_load_takes_its_share(loaded: Cluster) -> None:
+    told = _run(loaded, "add-shard", "--rate", "10", "--seconds", "9")
+    assert [text for _, text in told["events"]][1:] == ["load1 has joined", "load1 takes its share"]
+    again = _run(loaded, "smoke", "--seconds", "4")
+    assert next(row for row in again["rows"] if row["name"] == "getJob [load1]")["n_ok"] > 0
+    assert loaded.audit() == []
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
