@@ -57,8 +57,8 @@ class Result(msgspec.Struct, kw_only=True):
     """Jobs whose end was reported and accepted, those that an earlier run had left among them."""
     n_empty: int
     """Answers to get_job without a job."""
-    n_unsent: int
-    """Arrivals of the open loop that were due and were never sent, or had no answer at the end."""
+    n_unanswered: int
+    """Requests that were due and had no answer at the end; many seconds after it they were given up."""
     duplicates: list[str]
     accepted: list[int]
     """Ids of all jobs that were submitted and acknowledged."""
@@ -111,7 +111,9 @@ class Book:
         """The window that this time falls into."""
         index = max(0, int((now - self.began_at) / self.window_s))
         while len(self.windows) <= index:
-            self.windows.append(Window())
+            # Who is there stays there until somebody says otherwise.
+            last = self.windows[-1] if self.windows else Window()
+            self.windows.append(Window(n_users=last.n_users, rate=last.rate))
         return self.windows[index]
 
     def answered(self, name: str, now: float, service_ms: float, outcome: Outcome, text: str = "") -> None:

@@ -92,7 +92,7 @@ def end(**_: Any) -> None:
         n_granted=book.n_granted,
         n_ended=book.n_ended,
         n_empty=book.n_empty,
-        n_unsent=_STAGE.n_due - _STAGE.n_done,
+        n_unanswered=_STAGE.n_unanswered,
         duplicates=book.duplicates,
         accepted=list(book.accepted),
         ended=book.ended_own(),

@@ -74,7 +74,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     n_granted: int
     n_ended: int
     n_empty: int
-    n_unsent: int
+    n_unanswered: int
     duplicates: list[str]
     n_lost: int
     wait_p50_ms: float
@@ -132,7 +132,7 @@ def facts_of(result: Result, n_lost: int, client_cpu: float) -> Facts:
         rows=by_operation(rows_of(result)),
         n_duplicates=len(result.duplicates),
         n_lost=n_lost,
-        n_unsent=result.n_unsent,
+        n_unanswered=result.n_unanswered,
         client_cpu=client_cpu,
         knee=result.knee,
     )

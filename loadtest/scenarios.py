@@ -88,7 +88,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         rate=50.0,
         seconds=300.0,
         backlog=5000,
-        slo=Slo(failed_share=0.05),
+        slo=Slo(failed_share=0.05, n_unanswered=None),
     ),
     "shard-loss": Scenario(
         text="a shard's process is killed in the middle; its sites wait, the others go on",

@@ -13,6 +13,7 @@ import msgspec
 from gevent.pool import Pool
 from locust import FastHttpUser, SequentialTaskSet, tag, task
 from locust.contrib.fasthttp import LocustUserAgent
+from locust.user.task import LOCUST_STATE_STOPPING
 
 from culm.states import State
 from culm.wire import (
@@ -70,10 +71,10 @@ class Stage:
         self.rng = random.Random(order.seed)  # noqa: S311  # spreads load, no secret
         self.targets = order.targets
         self.rate = 0.0
-        self.n_due = 0
-        self.n_done = 0
         self.n_users = 0
-        """Of arrivals, and users that were ever made."""
+        """Users that were ever made."""
+        self.n_unanswered = 0
+        """Requests that are due or under way."""
         self._wall, self._clock = time.time(), time.perf_counter()
         self.book = Book(self._wall, order.window_s)
 
@@ -86,7 +87,7 @@ class Stage:
         self.book = Book(self.now(), self.order.window_s)
         for job, (at, site) in self.order.fed.items():
             self.book.accept(job, site, at)
-        self.n_due = self.n_done = 0
+        self.n_unanswered = 0
 
     def target(self) -> Target:
         """One of the sites, by their weights."""
@@ -108,6 +109,13 @@ class Api(FastHttpUser):
         # Every user's choices follow from the run's seed and his number.
         self.rng = random.Random(self.stage.order.seed * 1_000_003 + self.number)  # noqa: S311  # no secret
 
+    def stop(self, force: bool = False) -> bool:
+        """Let who waits wake up and go. Locust would kill him, who may be in his next request when it comes to it."""
+        if force:
+            return bool(super().stop(force=True))
+        self._state = LOCUST_STATE_STOPPING
+        return False
+
     def call(
         self,
         name: str,
@@ -127,6 +135,9 @@ class Api(FastHttpUser):
         """
         body = _ENCODE(request)
         due = self.stage.now() if due_at is None else due_at
+        # A user that is ended in the middle of it never comes to the subtraction.
+        self.stage.n_unanswered += 1
+        answer: A | None = None
         while True:
             got = self._send(name, path, body, token)
             now = self.stage.now()
@@ -135,15 +146,17 @@ class Api(FastHttpUser):
                 shown = name if named is None else named(answer)
                 self.stage.book.answered(shown, now, got.service_ms, "ok")
                 self.stage.book.felt(shown, now, (now - due) * 1000)
-                return answer
+                break
             error = _error_of(got.content)
             self._blame(name, got, error)
             if got.status and not (error is not None and error.retryable):
-                return None
+                break
             if now - due > PATIENCE_S:
                 self._wrong(name, f"no answer in {PATIENCE_S:.0f} s")
-                return None
+                break
             gevent.sleep((error.retry_after_s if error is not None else None) or PAUSE_S)
+        self.stage.n_unanswered -= 1
+        return answer
 
     def refused(self, name: str, path: str, request: Any, status: int, *, token: str) -> None:
         """Send what is to be refused with this status; anything else is a failure."""
@@ -301,15 +314,16 @@ class ArrivalUser(Api):
         now = self.stage.now()
         self._schedule.change(self.stage.rate, now)
         due = self._schedule.due(now)
-        self.stage.n_due += len(due)
+        self.stage.n_unanswered += len(due)
         for at in due:
             self._pool.spawn(self._come, at)
         gevent.sleep(max(0.0, min(LOOK_S, self._schedule.next_at - self.stage.now())))
 
     def _come(self, due_at: float) -> None:
         target = self.stage.target()
+        # From here on it is counted as any other request.
+        self.stage.n_unanswered -= 1
         grant = self.get_job(target, due_at=due_at)
-        self.stage.n_done += 1
         if grant is not None:
             for n in range(self.stage.order.n_beats):
                 self.beat(target, grant, n)

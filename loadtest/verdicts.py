@@ -27,8 +27,8 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """Answers that asked to come again."""
     n_duplicates: int = 0
     n_lost: int = 0
-    n_unsent: int | None = None
-    """Arrivals that the clients could not send in time, or that had no answer at the end."""
+    n_unanswered: int | None = 0
+    """Requests that were due and had no answer when the run was over."""
     p50_ms: dict[str, float] = {}
     p95_ms: dict[str, float] = {}
     p99_ms: dict[str, float] = {}
@@ -67,7 +67,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """By operation."""
     n_duplicates: int
     n_lost: int
-    n_unsent: int
+    n_unanswered: int
     client_cpu: float
     """The clients' processor time, as a share of one core, in their busiest seconds."""
     knee: float = 0.0
@@ -119,7 +119,7 @@ def _wrong(slo: Slo, facts: Facts) -> Iterator[str]:
     for what, n, limit in (
         ("duplicates", facts.n_duplicates, slo.n_duplicates),
         ("jobs lost", facts.n_lost, slo.n_lost),
-        ("arrivals unsent or unanswered", facts.n_unsent, slo.n_unsent),
+        ("requests without an answer", facts.n_unanswered, slo.n_unanswered),
     ):
         if limit is not None and n > limit:
             yield f"{n} {what} > {limit}"

@@ -371,6 +371,9 @@ def event(home: Layout, scenario: Scenario, shard: str, more: Path) -> "Callable
         await _tell(more, await targets(home.folder, scenario, seconds + SPARE_S))
         note(f"{name} takes its share")
 
+    if scenario.event == "kill_shard":
+        # Now, and not when it is too late to say so.
+        _pid(home, shard)
     return {"": None, "kill_shard": kill, "pause_shards": pause, "add_shard": add}[scenario.event]
 
 

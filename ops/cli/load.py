@@ -187,6 +187,8 @@ async def _run_lcg(folder: Path, how: dict[str, Any]) -> Run:
     if any(how[name] is not None for name in ("rate", "seconds", "seed", "web_port")) or how["tags"]:
         raise ClientFault("bad_option", f"{LCG} is led by its log: --speed, --jobs, --users, --log")
     log = how["log"] or load_bed.ROOT / LCG_FILE
+    if not log.exists():
+        raise ClientFault("no_log", f"{log} is not there: --log names it (LCG-2005-1, Parallel Workloads Archive)")
     n_jobs, speed, n_pilots = how["n_jobs"] or 1000, how["speed"] or 1000.0, how["n_users"] or 100
     plan = Plan(workload_log.read(log, n_jobs), speed, n_pilots, LCG_PATIENCE_S)
     home = control.running(folder)
@@ -217,7 +219,7 @@ async def _run_lcg(folder: Path, how: dict[str, Any]) -> Run:
         n_granted=waits.n,
         n_ended=report.finished,
         n_empty=0,
-        n_unsent=0,
+        n_unanswered=0,
         duplicates=[f"{report.twice} jobs run or accepted twice"] if report.twice else [],
         accepted=list(replayed.accepted),
         ended=list(replayed.ended),
@@ -269,7 +271,7 @@ def _stored(result: Result, **known: Any) -> Run:
         n_granted=result.n_granted,
         n_ended=result.n_ended,
         n_empty=result.n_empty,
-        n_unsent=result.n_unsent,
+        n_unanswered=result.n_unanswered,
         duplicates=result.duplicates,
         wait_p50_ms=waits.percentile(0.5),
         wait_p99_ms=waits.percentile(0.99),
@@ -309,7 +311,7 @@ def _print(stored: Run) -> None:
         out.print(f"knee: {stored.knee:.0f} jobs/s ({stored.broken_by or 'not broken'})")
     out.print(
         f"{stored.id}: {stored.n_submitted} jobs submitted, {stored.n_granted} given, {stored.n_ended} ended; "
-        f"{len(stored.duplicates)} duplicates, {stored.n_lost} lost, {stored.n_unsent} arrivals unsent"
+        f"{len(stored.duplicates)} duplicates, {stored.n_lost} lost, {stored.n_unanswered} requests without an answer"
     )
     verdict = stored.verdict
     told = "no verdict" if verdict.outcome == "none" else verdict.outcome

@@ -9,12 +9,14 @@ import pytest
 
 from loadtest import runs
 from tests import servers
-from tests.cluster import Cluster, cluster, culm, decoded, remove_sockets
+from tests.cluster import ROOT, Cluster, cluster, culm, decoded, remove_sockets
 
 pytestmark = pytest.mark.system
 PATIENT = {"CULM_SHARD_TIMEOUTS__FIRST_LEASE_S": "60", "CULM_SHARD_TIMEOUTS__HEARTBEAT_S": "60"}
 """A busy machine must not end the lease of a client that is alive."""
 RUN_S = 180.0
+LOG = ROOT.parent / "shared" / "data" / "LCG-2005-1.swf.gz"
+needs_data = pytest.mark.skipif(not LOG.exists(), reason="the grid's log is not beside the checkout")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,17 @@ def test_a_stored_run_is_listed_compared_and_reported(loaded: Cluster) -> None:
     assert page.read_text(encoding="utf-8").count("data:image/svg+xml") == 4
 
 
+@needs_data
+def test_a_real_log_is_a_load_too(loaded: Cluster) -> None:
+    told = _run(loaded, "lcg", "--speed", "20000", "--jobs", "60", "--users", "20")
+    assert (told["n_submitted"], told["n_ended"]) == (60, 60)
+    assert told["wait_p99_ms"] > 0
+    assert told["cpu"]["router"]["mean"] > 0
+
+
 def _slo(loaded: Cluster) -> Path:
     path = loaded.layout.folder / "slo.toml"
-    path.write_text("n_unsent = 0\n", encoding="utf-8")
+    path.write_text("n_unanswered = 0\n", encoding="utf-8")
     return path
 
 
@@ -99,6 +109,8 @@ def test_a_shard_that_joins_under_load_takes_its_share(loaded: Cluster) -> None:
     [
         (("run", "smoke"), 4, "not_running"),
         (("run", "lcg", "--rate", "5"), 2, "bad_option"),
+        (("run", "lcg", "--log", "/nowhere/at/all"), 2, "no_log"),
+        (("run", "smoke", "--tag", "submit", "--slo", "/nowhere/at/all"), 2, "does not exist"),
         (("run", "smoke", "--rate", "5"), 2, "bad_option"),
         (("run", "arrivals", "--users", "5"), 2, "bad_option"),
         (("run", "arrivals", "--speed", "5"), 2, "bad_option"),

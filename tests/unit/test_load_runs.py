@@ -85,6 +85,12 @@ def test_outcomes_are_kept_by_name_and_by_window() -> None:
     assert seen.p99_ms == pytest.approx(40, rel=0.02)
 
 
+def test_a_window_in_which_nobody_said_so_has_the_users_and_the_rate_of_before() -> None:
+    book = Book(0.0, 1.0)
+    book.window(0.0).rate, book.window(0.0).n_users = 50.0, 7
+    assert (book.window(3.0).rate, book.window(2.0).n_users) == (50.0, 7)
+
+
 def test_very_many_different_failures_are_counted_without_their_texts() -> None:
     book = Book(0.0, 1.0)
     for n in range(1000):
@@ -105,7 +111,7 @@ def _row(name: str = "getJob", **changes: Any) -> Row:
 
 
 def _facts(*rows: Row, **changes: Any) -> Facts:
-    values: dict[str, Any] = {"n_duplicates": 0, "n_lost": 0, "n_unsent": 0, "client_cpu": 0.3}
+    values: dict[str, Any] = {"n_duplicates": 0, "n_lost": 0, "n_unanswered": 0, "client_cpu": 0.3}
     return Facts(rows=list(rows or (_row(),)), **(values | changes))
 
 
@@ -119,7 +125,7 @@ def test_a_run_without_fault_meets_what_must_always_hold() -> None:
         (Slo(), _facts(_row(n_failed=1)), "1 of 1001 requests failed"),
         (Slo(), _facts(n_duplicates=1), "1 duplicates"),
         (Slo(), _facts(n_lost=2), "2 jobs lost"),
-        (Slo(n_unsent=0), _facts(n_unsent=3), "3 arrivals"),
+        (Slo(n_unanswered=0), _facts(n_unanswered=3), "3 requests without an answer"),
         (Slo(busy_share=0.01), _facts(_row(n_busy=20)), "come again"),
         (Slo(p50_ms={"getJob": 4.0}), _facts(), "p50 5.0 ms > 4 ms"),
         (Slo(p95_ms={"getJob": 4.0}), _facts(), "p95"),
@@ -164,8 +170,8 @@ def test_correctness_is_judged_however_busy_the_clients_were() -> None:
 
 def test_an_slo_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "slo.toml"
-    path.write_text("failed_share = 0.001\nn_unsent = 0\n[p99_ms]\ngetJob = 200\n", encoding="utf-8")
-    assert verdicts.read(path) == Slo(failed_share=0.001, n_unsent=0, p99_ms={"getJob": 200.0})
+    path.write_text("failed_share = 0.001\nn_unanswered = 0\n[p99_ms]\ngetJob = 200\n", encoding="utf-8")
+    assert verdicts.read(path) == Slo(failed_share=0.001, n_unanswered=0, p99_ms={"getJob": 200.0})
 
 
 @pytest.mark.parametrize("text", ["failed_shares = 1", "p99_ms = 5", "[p99_ms", "p99_ms.getJob = 'fast'"])
@@ -188,7 +194,7 @@ def _result(**changes: Any) -> Result:
     book.answered("bad [us1]", 1001.0, 2.0, "ok")
     values: dict[str, Any] = {
         "began_at": 1000.0, "ended_at": 1010.0, "cpu_s": 1.0, "window_s": 1.0, "windows": book.windows,
-        "names": book.names, "texts": {}, "n_granted": 100, "n_ended": 100, "n_empty": 0, "n_unsent": 0,
+        "names": book.names, "texts": {}, "n_granted": 100, "n_ended": 100, "n_empty": 0, "n_unanswered": 0,
         "duplicates": [], "accepted": [], "ended": [], "waits": {},
     }  # fmt: skip
     return Result(**(values | changes))
@@ -215,7 +221,7 @@ def _run(**changes: Any) -> Run:
         "options": {"rate": 100.0}, "settings": {"us1": "{}"}, "machine": machine, "rows": runs.rows_of(result),
         "cpu": {"us1": runs.cpu_use([(0.0, 0.0), (10.0, 5.0)]), "client": runs.cpu_use([(0.0, 0.0), (10.0, 1.0)])},
         "windows": result.windows, "window_s": 1.0, "texts": {}, "events": [], "n_submitted": 100, "n_granted": 100,
-        "n_ended": 100, "n_empty": 0, "n_unsent": 0, "duplicates": [], "n_lost": 0, "wait_p50_ms": 1.0,
+        "n_ended": 100, "n_empty": 0, "n_unanswered": 0, "duplicates": [], "n_lost": 0, "wait_p50_ms": 1.0,
         "wait_p99_ms": 2.0, "knee": 0.0, "broken_by": "", "steps": [], "slo": Slo(), "verdict": Verdict("met", []),
     }  # fmt: skip
     return Run(**(values | changes))
