@@ -14,6 +14,7 @@ from culm.errors import ClientFault, CulmError, Unavailable
 from culm.frames import error_from_body
 from culm.wire import (
     CancelAnswer,
+    CancelledJob,
     CancelRequest,
     CountsAnswer,
     ErrorBody,
@@ -96,6 +97,19 @@ class Client:
     async def cancel(self, request: CancelRequest) -> CancelAnswer:
         """POST /v1/cancel."""
         return await self.post("cancel", request, CancelAnswer)
+
+    async def cancel_jobset(self, jobset: int) -> CancelAnswer:
+        """End all jobs of a jobset, in as many calls as it takes; of each job the first outcome."""
+        ended: dict[int, CancelledJob] = {}
+        missing: set[str] = set()
+        after: int | None = 0
+        while after is not None:
+            answer = await self.cancel(CancelRequest(jobset=jobset, after=after))
+            missing.update(answer.missing_shards)
+            for one in answer.jobs:
+                ended.setdefault(one.id, one)
+            after = answer.next
+        return CancelAnswer(jobs=list(ended.values()), missing_shards=sorted(missing))
 
     async def job(self, identifier: int) -> JobView:
         """GET /v1/job/ID."""

@@ -7,6 +7,7 @@ here, see `culm.wire`; the body of an ERROR is an `ErrorBody`.
 import asyncio
 import enum
 import logging
+from collections import deque
 from typing import Final
 
 import msgspec
@@ -15,7 +16,13 @@ from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailabl
 from culm.wire import MAX_FRAME_BYTES, ErrorBody
 
 VERSION: Final = 1
-MAX_UNSENT_BYTES: Final = 64 << 20
+CHUNK_BYTES: Final = 1 << 20
+"""Of one write; the transport holds about as much before it lets us wait."""
+FULL_BYTES: Final = 64 << 20
+"""So much waits to be sent: nothing large is added."""
+MAX_UNSENT_BYTES: Final = 256 << 20
+STUCK_S: Final = 10.0
+"""The other side has taken nothing for so long."""
 MAX_MESSAGE_CHARS: Final = 4000
 """Of an error: it may quote what was sent, and must itself fit into a frame."""
 
@@ -44,6 +51,7 @@ class Frame(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, fo
     body: bytes = b""
 
 
+_URGENT: Final = frozenset({Kind.PING, Kind.PONG})
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Frame)
 _ERROR_DECODER: Final = msgspec.msgpack.Decoder(ErrorBody)
@@ -110,11 +118,15 @@ class Connection(asyncio.Protocol):
         self.heard_at = 0.0
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
-        self._unsent: list[bytes] = []
+        self._unsent: deque[bytes] = deque()
+        self._n_unsent = 0
+        self._is_paused = False
+        self._stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet the other side."""
         self.transport = transport  # type: ignore[assignment]
+        transport.set_write_buffer_limits(high=CHUNK_BYTES)  # type: ignore[attr-defined]
         self.heard_at = self._loop.time()
         self.send(Frame(Kind.HELLO, VERSION, self.name))
 
@@ -143,26 +155,82 @@ class Connection(asyncio.Protocol):
         if start:
             del received[:start]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits to be sent that nothing large should be added."""
+        return self._n_unsent > FULL_BYTES
+
     def send(self, frame: Frame) -> None:
-        """Queue a frame; it leaves at the end of this turn of the loop."""
-        if not self._unsent:
+        """Queue a frame; it leaves at the end of this turn of the loop, or when what is before has been taken.
+
+        Raises ClientFault(too_large).
+        """
+        data = encode_frame(frame)
+        if self._n_unsent + len(data) > MAX_UNSENT_BYTES:
+            self.refuse("the other side does not take what is sent")
+            return
+        if not self._unsent and not self._is_paused:
             self._loop.call_soon(self._flush)
-        self._unsent.append(encode_frame(frame))
+        if frame.kind in _URGENT:
+            # Between whole frames: a sign of life must not wait for the megabytes before it.
+            self._unsent.appendleft(data)
+        else:
+            self._unsent.append(data)
+        self._n_unsent += len(data)
 
     def close(self) -> None:
         """Flush and end the connection."""
-        self._flush()
         if self.transport is not None:
+            self.transport.writelines(self._unsent)
+            self._drop_unsent()
             self.transport.close()
 
+    def pause_writing(self) -> None:
+        """Of the transport: it holds enough."""
+        self._is_paused = True
+        assert self.transport is not None
+        self._watch_writing(self.transport.get_write_buffer_size() + 1)
+
+    def resume_writing(self) -> None:
+        """Of the transport: it has room again."""
+        self._is_paused = False
+        self._unwatch_writing()
+        self._flush()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """The connection is gone, whoever ended it."""
+        self.transport = None
+        self._unwatch_writing()
+        self._drop_unsent()
+
     def _flush(self) -> None:
-        data = b"".join(self._unsent)
-        self._unsent.clear()
-        if not data or self.transport is None or self.transport.is_closing():
-            return
-        self.transport.write(data)
-        if self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        while self._unsent and not self._is_paused:
+            if self.transport is None or self.transport.is_closing():
+                self._drop_unsent()
+                return
+            chunk = [self._unsent.popleft()]
+            size = len(chunk[0])
+            while self._unsent and size + len(self._unsent[0]) <= CHUNK_BYTES:
+                chunk.append(self._unsent.popleft())
+                size += len(chunk[-1])
+            self._n_unsent -= size
+            self.transport.write(b"".join(chunk))
+
+    def _watch_writing(self, n_before: int) -> None:
+        n_left = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        if n_left >= n_before:
             self.refuse("the other side does not read")
+        else:
+            self._stuck = self._loop.call_later(STUCK_S, self._watch_writing, n_left)
+
+    def _unwatch_writing(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def _drop_unsent(self) -> None:
+        self._unsent.clear()
+        self._n_unsent = 0
 
     def _accept(self, frame: Frame) -> bool:
         """Handle one frame; False once the connection was given up."""
@@ -180,6 +248,7 @@ class Connection(asyncio.Protocol):
         log.warning("link %s: closed, %s", self.name, why)
         # The received bytes may be exported by a decoder's memoryview here: drop the buffer, do not resize it.
         self._received = bytearray()
+        self._drop_unsent()
         if self.transport is not None:
             self.transport.abort()
 

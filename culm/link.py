@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +20,15 @@ from culm import address
 from culm.errors import Bug, ClientFault, CulmError, Unavailable
 from culm.frames import Connection, Frame, Kind, decode_error, encode_error
 from culm.settings import TlsSettings
+from culm.telemetry import SHED
 
 HELLO_TIMEOUT_S: Final = 2.0
 MAX_CALLS_PER_CONNECTION: Final = 65_536
 """A guard: above what a client's window and waiting calls come to."""
+
+_FULL_WINDOW: Final = SHED.labels("link_window")
+_FULL_WAITING: Final = SHED.labels("link_waiting")
+_FULL_LINK: Final = SHED.labels("link_calls")
 
 log = logging.getLogger("culm.link")
 
@@ -94,8 +100,8 @@ class _ServerConnection(Connection):
         self._hello_timer = self._loop.call_later(HELLO_TIMEOUT_S, self._no_hello)
 
     def connection_lost(self, _exc: Exception | None) -> None:
+        super().connection_lost(_exc)
         self.server.connections.discard(self)
-        self.transport = None
         if self._hello_timer is not None:
             self._hello_timer.cancel()
         for task in list(self.tasks.values()):
@@ -125,6 +131,7 @@ class _ServerConnection(Connection):
             self.refuse(f"stream {frame.stream} is in use")
             return
         if len(self.tasks) >= MAX_CALLS_PER_CONNECTION:
+            _FULL_LINK.inc()
             self._send_error(frame.stream, Unavailable("overloaded", "too many calls on this link"))
             return
         try:
@@ -176,12 +183,15 @@ class _ServerConnection(Connection):
 
     def _answer(self, call: Frame, answer: bytes) -> None:
         if self.transport is not None and not self.transport.is_closing():
-            try:
-                self.send(Frame(Kind.ANSWER, call.stream, body=answer))
-            except ClientFault as error:  # larger than a frame may be
-                self._send_error(call.stream, error)
+            if self.is_full:
+                self._send_error(call.stream, Unavailable("overloaded", "the answers before this one are not taken"))
             else:
-                return
+                try:
+                    self.send(Frame(Kind.ANSWER, call.stream, body=answer))
+                except ClientFault as error:  # larger than a frame may be
+                    self._send_error(call.stream, error)
+                else:
+                    return
         self.server.undelivered(call.verb, call.body, answer)
 
     def _send_error(self, stream: int, error: CulmError) -> None:
@@ -211,6 +221,8 @@ class LinkOptions:
     tls: TlsSettings | None = None
     orphan: Callable[[str, bytes, bytes], None] = field(default=lambda _verb, _body, _answer: None)
     """Called with (verb, body, answer) when an answer comes for a caller that is gone."""
+    timed: Callable[[float], None] = field(default=lambda _elapsed_s: None)
+    """Called with the time of each call that was not cancelled and does not wait, whatever came of it."""
 
 
 class LinkClient:
@@ -291,7 +303,10 @@ class LinkClient:
             raise Unavailable("shard_down", f"shard {self.name} is not reachable", details={"shard": self.name})
         n_waiting = connection.n_waiting
         if n_waiting >= self.options.waiting if waits else len(connection.calls) - n_waiting >= self.options.window:
+            (_FULL_WAITING if waits else _FULL_WINDOW).inc()
             raise Unavailable("overloaded", f"too many requests under way to shard {self.name}")
+        if connection.is_full:
+            raise Unavailable("overloaded", f"shard {self.name} has not taken the requests before this one")
         loop = asyncio.get_running_loop()
         stream = next(self._streams)
         call = _Call(verb, body, loop.create_future())
@@ -299,7 +314,8 @@ class LinkClient:
         connection.calls[stream] = call
         connection.n_waiting += waits
         timer = loop.call_later(deadline_s, self._too_late, connection, stream, call, deadline_s)
-        call.answer.add_done_callback(partial(self._ended, connection, stream, timer, waits))
+        sent_at = None if waits else time.perf_counter()
+        call.answer.add_done_callback(partial(self._ended, connection, stream, timer, sent_at))
         return call.answer
 
     def _ended(
@@ -307,13 +323,16 @@ class LinkClient:
         connection: "_ClientConnection",
         stream: int,
         timer: asyncio.TimerHandle,
-        waits: bool,  # of a callback
+        sent_at: float | None,
         answer: "asyncio.Future[bytes]",
     ) -> None:
+        """`sent_at` is None of a call that waits."""
         timer.cancel()
-        connection.n_waiting -= waits
+        connection.n_waiting -= sent_at is None
         if answer.cancelled():
             connection.send(Frame(Kind.CANCEL, stream))
+        elif sent_at is not None:
+            self.options.timed(time.perf_counter() - sent_at)
 
     def _too_late(self, connection: "_ClientConnection", stream: int, call: "_Call", deadline_s: float) -> None:
         if not call.answer.done():
@@ -403,7 +422,7 @@ class _ClientConnection(Connection):
         self.greeted.set()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        self.transport = None
+        super().connection_lost(_exc)
         self.lost.set()
 
     def handle(self, frame: Frame) -> bool:

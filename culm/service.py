@@ -42,9 +42,23 @@ def run(process: str, level: str, main: Callable[[asyncio.Event], Awaitable[None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        watch_lag(loop)
         await main(stop)
 
     uvloop.run(body())
+
+
+def watch_lag(loop: asyncio.AbstractEventLoop) -> None:
+    """Measure from now on how late the event loop is, which is what whoever it serves waits beyond his own time."""
+    due = time.monotonic() + LAG_LOOK_S
+
+    def look() -> None:
+        nonlocal due
+        telemetry.LOOP_LAG.observe(max(0.0, time.monotonic() - due))
+        due = time.monotonic() + LAG_LOOK_S
+        loop.call_later(LAG_LOOK_S, look)
+
+    loop.call_later(LAG_LOOK_S, look)
 
 
 class Loops:
@@ -97,6 +111,9 @@ Refuse = Callable[[web.Request, CulmError], web.Response]
 VERB: Final = web.RequestKey("verb", str)
 """What the metrics call the request."""
 OTHER: Final = "other"
+TIMED: Final = ""
+"""For VERB: the handler has timed its request itself."""
+LAG_LOOK_S: Final = 0.5
 RETRY_JITTER: Final = 0.5
 """Retry-After is lengthened by up to this part, so that the clients of a dead shard do not come back at once."""
 
@@ -148,7 +165,9 @@ def errors(process: str, refuse: Refuse) -> Middleware:
             log.exception("%s failed", request.path)
             return refuse(request, Bug(f"the request failed, see the log of the {process}"))
         finally:
-            telemetry.REQUESTS.labels(request.get(VERB, OTHER), outcome).observe(time.perf_counter() - started)
+            verb = request.get(VERB, OTHER)
+            if verb != TIMED:
+                telemetry.REQUESTS.labels(verb, outcome).observe(time.perf_counter() - started)
 
     return middleware
 

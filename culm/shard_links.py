@@ -19,15 +19,23 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 
 Orphan = Callable[[str, str, bytes, bytes], None]
 """(shard, verb, body, answer) of an answer whose caller is gone."""
+Timed = Callable[[float], None]
+"""Told how long each call took; see LinkOptions.timed."""
 
 
 class ShardLinks:
-    """One link per shard of the topology; `on_orphan` gets answers whose callers are gone."""
+    """One link per shard of the topology; `on_orphan` gets answers whose callers are gone.
 
-    def __init__(self, topology: Callable[[], Topology], options: LinkOptions) -> None:
+    `timed` makes what is told the times of a shard's calls.
+    """
+
+    def __init__(
+        self, topology: Callable[[], Topology], options: LinkOptions, timed: Callable[[str], Timed] | None = None
+    ) -> None:
         self.on_orphan: Orphan = lambda _shard, _verb, _body, _answer: None
         self._topology = topology
         self._options = options
+        self._timed = timed or (lambda _shard: options.timed)
         self._links: dict[str, LinkClient] = {}
 
     async def refresh(self) -> None:
@@ -35,10 +43,13 @@ class ShardLinks:
         shards = self._topology().shards
         for name, link in list(self._links.items()):
             if name not in shards or shards[name].link != link.where:
-                await self._links.pop(name).stop()
+                # Out first: while one waits for its end another call may come here.
+                gone = self._links.pop(name, None)
+                if gone is not None:
+                    await gone.stop()
         for name, shard in shards.items():
             if name not in self._links:
-                options = replace(self._options, orphan=partial(self._orphan, name))
+                options = replace(self._options, orphan=partial(self._orphan, name), timed=self._timed(name))
                 self._links[name] = LinkClient(name, shard.link, options)
                 self._links[name].start()
 

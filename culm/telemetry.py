@@ -1,7 +1,7 @@
 """Logs and metrics, the same for every process.
 
 Logs are one JSON object a line on stderr; secrets (tokens, payloads) are never passed to a logger. Metrics are
-Prometheus's, with the names of `docs/` and labels of few values: a histogram is by verb and outcome only.
+Prometheus's (`culm/metrics.py`, docs/metrics.md).
 """
 
 import logging
@@ -10,19 +10,36 @@ import sys
 from typing import Final
 
 import msgspec
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess
 
+from culm.metrics import Metrics
 from culm.metrics_folder import VARIABLE
 
 _ENCODER: Final = msgspec.json.Encoder()
-_BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
-LOOP_ERRORS: Final = Counter("culm_loop_errors_total", "Turns of a background loop that failed", ["loop"])
-LOOP_RUNS: Final = Counter("culm_loop_runs_total", "Turns of a background loop", ["loop"])
-REQUESTS: Final = Histogram(
-    "culm_request_seconds", "Time of a request by verb and outcome", ["verb", "outcome"], buckets=_BUCKETS
+METRICS: Final = Metrics("router", "shard", "monitor")
+LOOP_ERRORS: Final = METRICS.counter("culm_loop_errors_total", "Turns of a background loop that failed", "loop")
+LOOP_RUNS: Final = METRICS.counter("culm_loop_runs_total", "Turns of a background loop", "loop")
+LOOP_LAG: Final = METRICS.histogram(
+    "culm_loop_lag_seconds", "How late the event loop was, looked at twice a second: so long everything waited"
 )
-BUILD: Final = Gauge("culm_build_info", "Version and process", ["version", "process"], multiprocess_mode="livemax")
+REQUESTS: Final = METRICS.histogram(
+    "culm_request_seconds",
+    "Time of a request. `outcome`: ok, client_gone, or the code of the error. A get_job that was answered is in "
+    "`culm_getjob_seconds` only",
+    "verb",
+    "outcome",
+)
+SHED: Final = METRICS.counter(
+    "culm_shed_total",
+    "Refused because something was full. `reason`: connections (of a router's worker), link_window and link_waiting "
+    "(calls to one shard under way, long polls to it), link_calls (of one link, at the shard), get_jobs and signs "
+    "(that wait at the shard), event_readers (of a monitor)",
+    "reason",
+)
+BUILD: Final = METRICS.gauge(
+    "culm_build_info", "1; version and name of the process", "version", "process", workers="livemax"
+)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -29,6 +29,8 @@ MAX_TAIL_CHARS: Final = 8192
 MAX_PARENT_DEPTH: Final = 5
 MAX_ATTEMPT: Final = 2**31 - 1
 """JSON can carry whole numbers beyond 64 bits, which neither MessagePack nor a database column can."""
+MAX_TIME: Final = 253_402_300_799
+"""The last second of the year 9999, unix time: databases know none after it."""
 MAX_USAGE_S: Final = 1e12
 """MessagePack can carry infinity, which neither JSON nor a database column can."""
 
@@ -254,6 +256,8 @@ class CancelRequest(Request, frozen=True, kw_only=True):
 
     ids: Annotated[list[JobId], Meta(max_length=MAX_IDS_PER_CALL)] = []
     jobset: JobId | None = None
+    after: Annotated[int, Meta(ge=0, le=MAX_JOB_ID)] = 0
+    """Of a jobset: only jobs after this id."""
 
 
 CancelOutcome = Literal["cancelled", "requested", "already_final", "not_found", "forbidden", "unknown"]
@@ -268,10 +272,14 @@ class CancelledJob(Answer, frozen=True, kw_only=True):
 
 
 class CancelAnswer(Answer, frozen=True, kw_only=True):
-    """One entry per job; shards that gave no answer are named."""
+    """One entry per job; shards that gave no answer are named.
+
+    A large jobset is ended in several calls: `next` is the `after` of the following one, None at the end.
+    """
 
     jobs: list[CancelledJob]
     missing_shards: list[str] = []
+    next: int | None = None
 
 
 # --- reads -----------------------------------------------------------------------------------------------------------
@@ -346,7 +354,10 @@ class JobView(Answer, frozen=True, kw_only=True):
 
 
 class JobsQuery(Request, frozen=True, kw_only=True):
-    """Filters of a list of jobs; `after` is the last id of the page before, newest ids of a slot last."""
+    """Filters of a list of jobs.
+
+    In the order "id" `after` is the last id of the page before; in the order "newest" `before` is what that page told.
+    """
 
     region: OptionalName = ""
     site: OptionalName = ""
@@ -355,14 +366,26 @@ class JobsQuery(Request, frozen=True, kw_only=True):
     jobset: JobId | None = None
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
     after: Annotated[int, Meta(ge=0, le=MAX_JOB_ID)] = 0
+    order: Literal["id", "newest"] = "id"
+    before: Annotated[str, Meta(pattern=r"^([0-9]{1,18}\.[0-9]{1,16})?\Z")] = ""
+    since: Annotated[float, Meta(ge=0, le=MAX_TIME)] | None = None
+    """Submitted then or later, unix time."""
+    until: Annotated[float, Meta(ge=0, le=MAX_TIME)] | None = None
+    """Submitted before."""
 
 
 class JobsAnswer(Answer, frozen=True, kw_only=True):
-    """A page in the order of the id; `next` is None at the end. Shards that gave no answer are named."""
+    """A page in the order that was asked for; `next`, or `before`, is None at the end.
+
+    Shards that gave no answer are named.
+    """
 
     jobs: list[JobRow]
     next: int | None = None
+    """`after` of the following page."""
     missing_shards: list[str] = []
+    before: str | None = None
+    """`before` of the following page."""
 
 
 ReasonCode = Literal[
@@ -631,6 +654,7 @@ class ShardCancel(msgspec.Struct, frozen=True, kw_only=True):
     slots: list[SlotRef]
     ids: list[int] = []
     jobset: int | None = None
+    after: int = 0
 
 
 class ShardJob(msgspec.Struct, frozen=True, kw_only=True):

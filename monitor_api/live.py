@@ -11,14 +11,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
 import msgspec
-from prometheus_client import Counter, Gauge
 
 from culm import access
 from culm.errors import ClientFault, CulmError
 from culm.shard_links import ShardLinks
+from culm.telemetry import SHED
 from culm.topology import authority_of_slot
 from culm.topology_store import TopologyCache
 from culm.wire import Happening, Principal, ShardHappenings, ShardHappeningsAnswer
+from monitor_api.metrics import CUT_OFF, EVENT_READERS
 
 WAIT_S: Final = 20.0
 PAUSE_S: Final = 0.5
@@ -31,8 +32,7 @@ MAX_READERS: Final = 1000
 KEEP_ALIVE_S: Final = 15.0
 MAX_ID_CHARS: Final = 4000
 
-_READERS: Final = Gauge("culm_monitor_event_readers", "Open event streams")
-_CUT_OFF: Final = Counter("culm_monitor_event_readers_cut_off_total", "Event streams that were cut off: too slow")
+_FULL: Final = SHED.labels("event_readers")
 
 log = logging.getLogger("monitor.live")
 
@@ -68,11 +68,12 @@ class Live:
         access.require_role(who, "user", "admin")
         wanted = parse_id(last_id)
         if len(self._readers) >= MAX_READERS:
+            _FULL.inc()
             raise ClientFault("too_many_readers", "there are too many event streams", http_status=503)
         reader = _Reader(who)
         # Before the look at what was missed: nothing can fall in between.
         self._readers.add(reader)
-        _READERS.set(len(self._readers))
+        EVENT_READERS.set(len(self._readers))
         try:
             self._follow()
             seen: dict[str, Position] = {}
@@ -89,10 +90,10 @@ class Live:
                     continue
                 for chunk in _chunks(reader, seen, shard, position, some):
                     yield chunk
-            _CUT_OFF.inc()
+            CUT_OFF.inc()
         finally:
             self._readers.discard(reader)
-            _READERS.set(len(self._readers))
+            EVENT_READERS.set(len(self._readers))
             if not self._readers:
                 await self.stop()
 

@@ -23,6 +23,8 @@ from monitor_api.queries import ERROR_HOURS, PILE_UP_HOURS, PilotsQuery, hours_o
 from monitor_api.views import Views
 
 KEYS_POLL_S: Final = 5.0
+LISTEN_S: Final = 5.0
+"""How often all shards are asked what they have, though nobody looks."""
 MAX_FORM_BYTES: Final = 64 << 10
 WRITE_S: Final = 10.0
 """So long a reader of events may take nothing."""
@@ -57,6 +59,7 @@ class Monitor:
         await self._follow()
         loops.every(settings.topology_poll_s, "topology", self._follow)
         loops.every(POLL_S, "certificate", self._https.poll)
+        loops.every(LISTEN_S, "listen", self._views.listen)
         loops.every(KEYS_POLL_S, "keys", self._verifier.poll)
         runner = web.AppRunner(self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
         await runner.setup()

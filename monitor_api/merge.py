@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from culm.places import UNPLACED, place
 from culm.states import FINAL
 from culm.topology import Topology
 from culm.wire import (
@@ -27,8 +28,6 @@ from culm.wire import (
     SlotPileUp,
 )
 
-UNPLACED: Final = "(not in the topology)"
-REGION_ONLY: Final = "(any site of {region})"
 MAX_OWNERS: Final = 100
 
 
@@ -178,12 +177,6 @@ def merge_shards(topology: Topology, heard: Mapping[str, Heard], missing: Iterab
                 )
             )
     return ShardsAnswer(epochs=topology.epochs, shards=rows)
-
-
-def place(topology: Topology, slot: int) -> tuple[str, str]:
-    """The region and the site of a slot, as they are shown."""
-    region = topology.region_of_slot.get(slot, UNPLACED)
-    return region, topology.site_of_slot.get(slot, REGION_ONLY.format(region=region))
 
 
 def _above(one: SlotPileUp | PileUp) -> int:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from culm import __version__, service
 from culm.errors import ClientFault, CulmError
+from culm.moments import moment
 from culm.states import State
 from culm.tokens import MAX_TOKEN_CHARS, Verifier
 from culm.wire import JobsQuery, Principal
@@ -30,7 +31,9 @@ HEADERS: Final[Mapping[str, str]] = {
 }
 STATES: Final = [state.value for state in State]
 PAGE_ROWS: Final = 50
-LIST_OPTIONS: Final = frozenset({"region", "site", "state", "jobset", "owner"})
+LIST_OPTIONS: Final = frozenset(
+    {"region", "site", "state", "jobset", "owner", "since", "until", "order", "after", "before", "limit"}
+)
 """Of `culm job list`."""
 
 Show = Callable[[web.Request, Principal], Awaitable[tuple[str, dict[str, Any]]]]
@@ -75,9 +78,13 @@ class Pages:
 
     async def _jobs(self, request: web.Request, who: Principal) -> tuple[str, dict[str, Any]]:
         given = filled(request.query)
-        query = query_of({"limit": str(PAGE_ROWS)} | given, JobsQuery)
+        order = given.get("order") or ("id" if "jobset" in given or "after" in given else "newest")
+        now = time.time()
+        span = {name: str(moment(given[name], now)) for name in ("since", "until") if name in given}
+        query = query_of({"limit": str(PAGE_ROWS)} | given | span | {"order": order}, JobsQuery)
         page = await self._views.jobs(who, query)
-        further = {name: value for name, value in given.items() if name != "after"} | {"after": str(page.next or "")}
+        following = {"after": str(page.next)} if page.next is not None else {"before": page.before}
+        further = {name: value for name, value in given.items() if name not in following} | following
         words = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if name in LIST_OPTIONS]
         values = {"page": page, "query": given, "further": further, "command": " ".join(["culm job list", *words])}
         return "jobs.html", values

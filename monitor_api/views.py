@@ -1,6 +1,7 @@
 """What the monitor asks of all shards at once: the use cases behind its JSON answers and its pages."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -33,6 +34,7 @@ from culm.wire import (
     WhyAnswer,
 )
 from monitor_api.merge import Heard, merge, merge_errors, merge_pile_ups, merge_pilots, merge_shards
+from monitor_api.metrics import STALE
 from monitor_api.queries import PilotsQuery
 
 MAX_HOURS: Final = 24 * 30
@@ -49,6 +51,23 @@ class Views:
         self._deadline_s = deadline_s
         self._clock = clock.SystemClock()
         self._heard: dict[str, Heard] = {}
+        self._known_since: dict[str, float] = {}
+
+    async def listen(self) -> None:
+        """One turn of a background loop: hear all shards, so that what is shown of one that falls silent is not old."""
+        await self._ask_counts()
+        shards = self._topology.current.shards
+        for gone in self._known_since.keys() - shards.keys():
+            del self._known_since[gone]
+            STALE.remove(gone)
+        for shard in shards.keys() - self._known_since.keys():
+            self._known_since[shard] = self._clock.monotonic()
+            STALE.labels(shard).set_function(partial(self._stale_s, shard))
+
+    def _stale_s(self, shard: str) -> float:
+        # Worked out when it is scraped: it must grow, too, when this loop stands still.
+        heard = self._heard.get(shard)
+        return self._clock.monotonic() - (heard.at if heard is not None else self._known_since.get(shard, 0.0))
 
     async def counts(self, who: Principal) -> CountsAnswer:
         """Jobs by state, region, site and VO. Raises ClientFault(forbidden). Safe to retry: yes."""

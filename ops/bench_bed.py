@@ -7,19 +7,23 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
 
 from culm import settings
+from culm.client import Client
 from culm.errors import CulmError
+from culm.registry_wire import ChangedAnswer, ShardRequest
 from culm.settings import DatabaseSettings, ShardSettings
 from culm.topology import CENTRAL
 from culm.wire import GetJobAnswer, Grant, Principal
 from loadtest.bench import rig
 from ops.cluster.child import Child, Pace
 from ops.cluster.layout import Layout
-from ops.cluster.plan import Process, prepare
+from ops.cluster.plan import Process, prepare, shard_processes
+from ops.engines import innodb
 from shard.dispatch_queue import DispatchQueue
 
 SHARD: Final = "us1"
@@ -32,11 +36,21 @@ TOKEN_S: Final = 86_400.0
 
 
 class Bed:
-    """One router over one shard, with the shard's database and Valkey."""
+    """One router over one shard or several, each with its database and Valkey."""
 
-    def __init__(self, folder: Path, port: int, *, naive: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        *,
+        naive: bool = False,
+        n_shards: int = 1,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.layout = Layout(folder, port)
         self._naive = naive
+        self._more = [f"more{number}" for number in range(1, n_shards)]
+        self._environment = {"CULM_ROUTER_WORKERS": "1", **environment}
         self._children: list[Child] = []
 
     @property
@@ -46,23 +60,28 @@ class Bed:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The processes whose time counts: router, shard, valkey, database."""
+        """The processes whose time counts: router, shard, valkey, database; further shards' by their names."""
         names = {SHARD: "shard", f"{SHARD}-db": "database", f"{SHARD}-valkey": "valkey", "router": "router"}
+        names |= {f"{name}{kind}": f"{name}{kind}" for name in self._more for kind in ("", "-db", "-valkey")}
         return {names[c.process.name]: c.running.pid for c in self._children if c.running is not None}
 
     async def __aenter__(self) -> "Bed":
         processes = {process.name: process for process in await asyncio.to_thread(prepare, self.layout)}
         wanted = [processes[name] for name in (f"{SHARD}-db", f"{SHARD}-valkey", SHARD, "router")]
+        if self._more:
+            engine = await asyncio.to_thread(innodb.find, self.layout.cache)
+            for name in self._more:
+                wanted += await asyncio.to_thread(shard_processes, self.layout, name, engine)
         if self._naive:
             wanted = [*wanted[:2], *self._naive_processes(wanted[2])]
-        environment = {"CULM_ROUTER_WORKERS": "1"}
         self._children = [
-            Child(replace(one, environment=dict(one.environment) | environment), self._log(one), Pace())
+            Child(replace(one, environment=dict(one.environment) | self._environment), self._log(one), Pace())
             for one in wanted
         ]
         try:
             for child in self._children:
                 await self._start(child)
+            await self._register()
         except BaseException:
             await self._stop()
             raise
@@ -70,6 +89,14 @@ class Bed:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stop()
+
+    async def _register(self) -> None:
+        """A region for each further shard."""
+        async with Client(f"http://127.0.0.1:{self.port}", self.token("admin")) as client:
+            for name in self._more:
+                link = f"unix:{self.layout.socket(name, 'link')}"
+                request = ShardRequest(name=name, link=link, region=name.upper(), reason="a benchmark")
+                await client.post("shard", request, ChangedAnswer)
 
     async def _start(self, child: Child) -> None:
         await child.start()
@@ -100,13 +127,17 @@ class Bed:
 
     @property
     def databases(self) -> list[DatabaseSettings]:
-        """Of its shard."""
-        return [self.shard_settings.database]
+        """Of its shards."""
+        return [self._settings_of(name).database for name in (SHARD, *self._more)]
 
     @property
     def shard_settings(self) -> ShardSettings:
-        """As its shard has read them."""
-        return settings.load(self.layout.configs / f"{SHARD}.toml", ShardSettings, prefix="CULM_SHARD_", environment={})
+        """As its first shard has read them."""
+        return self._settings_of(SHARD)
+
+    def _settings_of(self, shard: str) -> ShardSettings:
+        path = self.layout.configs / f"{shard}.toml"
+        return settings.load(path, ShardSettings, prefix="CULM_SHARD_", environment={})
 
     def token(self, role: str) -> str:
         """A token of the bed's authority."""
@@ -177,11 +208,14 @@ class Beds:
         """Router, one shard."""
         return await self._bed("ours", 0)
 
-    async def fresh(self, name: str) -> Bed:
+    async def fresh(
+        self, name: str, *, n_shards: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Bed:
         """The same once more, without a history; it ends with its cell."""
         self._n_fresh += 1
         number = FIRST_FRESH + self._n_fresh % MAX_FRESH
-        bed = Bed(self.folder / f"{name}-{self._n_fresh}", self.port + number * PORTS_PER_BED)
+        port = self.port + number * PORTS_PER_BED
+        bed = Bed(self.folder / f"{name}-{self._n_fresh}", port, n_shards=n_shards, environment=environment)
         return await self._of_cell.enter_async_context(bed)
 
     async def leave(self) -> None:

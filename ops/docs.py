@@ -1,6 +1,7 @@
 """Generated documentation: `python -m ops.docs --write` makes it, `--check` fails where it is out of date.
 
-The text comes from the code: the table of states, and the settings classes with the docstrings of their keys.
+The text comes from the code: the table of states, the settings classes with the docstrings of their keys, and the
+declarations of the metrics.
 """
 
 import argparse
@@ -14,7 +15,11 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from culm import settings, states
+import monitor_api.metrics
+import router.metrics
+import shard.metrics
+from culm import get_job_times, settings, states, telemetry
+from culm.metrics import Declaration
 from culm.settings import MonitorSettings, RouterSettings, Settings, ShardSettings
 from culm.states import FINAL, LEASED, TRANSITIONS, UNREADY, Event, State
 
@@ -225,7 +230,66 @@ def _default_text(field: Any) -> str:
     return "none" if default is None else f"`{default!r}`".replace("'", '"')
 
 
-_PAGES: Final[dict[str, Callable[[], str]]] = {"docs/states.md": _states_page, "docs/settings.md": _settings_page}
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+_METRICS: Final = (
+    telemetry.METRICS,
+    get_job_times.METRICS,
+    router.metrics.METRICS,
+    shard.metrics.METRICS,
+    monitor_api.metrics.METRICS,
+)
+_ABOUT_METRICS: Final = """\
+# Metrics
+
+Each process exports these at `/metrics`, in Prometheus's text format. From the declarations: those of all processes in
+`culm/telemetry.py`, of get_job in `culm/get_job_times.py`, of one service in its `metrics.py`.
+
+| process | where | who may read |
+|---|---|---|
+| router, monitor | at its port | an admin, or a user of role `monitor` (`culm token issue user x --role monitor`) |
+| shard | at its `http` address, a unix socket or a loopback port | whoever reaches it |
+| pilot | nowhere: it lives as long as a batch job | nobody |
+
+The workers of a router share its port, and a scrape gets to any. It answers for all: counters and histograms are
+the sum over the workers, also those that have ended; of a gauge the table says what it is. They share them in a folder
+of the machine that is emptied when the router starts. Two routers are two targets. The library's own metrics
+(`python_*`, `process_*`) come from a shard, a monitor, and a router with one worker.
+
+Labels have few values, and nobody outside can add to them: `site` is a label of gauges only, and what is beyond a bound
+is `other`. Which process it was is for the scraper to say (`job`, `instance`). Histograms are in seconds.
+
+There is no metric of the drift between Redis and the database: Redis holds the best of each class only, on purpose, and
+claims are under way whenever one looks, so that a difference found in passing would mostly be none. `culm audit` finds
+hints of jobs that are not ready; `culm_redis_failures_total` and `culm_redis_breaker_open` say when hints were lost.
+"""
+
+
+def metrics_declared() -> list[Declaration]:
+    """Every metric there is, by name."""
+    return sorted((one for metrics in _METRICS for one in metrics.declared), key=lambda one: one.name)
+
+
+def _metrics_page() -> str:
+    lines = [
+        _ABOUT_METRICS,
+        "| metric | type | labels | process | meaning |",
+        "|---|---|---|---|---|",
+        *(_metric_row(one) for one in metrics_declared()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metric_row(one: Declaration) -> str:
+    labels = ", ".join(f"`{label}`" for label in one.labels)
+    return f"| `{one.name}` | {one.kind} | {labels or 'none'} | {', '.join(one.processes)} | {one.text} |"
+
+
+_PAGES: Final[dict[str, Callable[[], str]]] = {
+    "docs/states.md": _states_page,
+    "docs/settings.md": _settings_page,
+    "docs/metrics.md": _metrics_page,
+}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from culm.errors import ClientFault, CulmError, Unavailable
 from culm.registry_wire import TopologyAnswer
 from culm.states import State
 from culm.topology import CENTRAL, Topology
-from culm.wire import CancelRequest, JobsQuery, Principal, SubmitRequest
+from culm.wire import JobsQuery, Principal, SubmitRequest
 from loadtest.bench import cpu
 from loadtest.book import Result
 from loadtest.orders import ENVIRONMENT, Order, Target, new_key, specs, weights
@@ -74,9 +74,7 @@ async def own_jobset(home: Layout, token: str) -> AsyncIterator[int]:
 
 async def _end_jobs(home: Layout, token: str, jobset: int) -> None:
     async with Client(home.router_url, token, patience_s=CLEAR_S) as client:
-        # A call ends a bounded number of jobs of a jobset.
-        while any(job.outcome == "cancelled" for job in (await client.cancel(CancelRequest(jobset=jobset))).jobs):
-            pass
+        await client.cancel_jobset(jobset)
 
 
 async def targets(folder: Path, scenario: Scenario, valid_s: float) -> list[Target]:

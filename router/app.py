@@ -1,6 +1,7 @@
 """The HTTP face of the router: a table of verbs. Handlers decode, call one use case, encode."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -8,7 +9,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from culm import service
+from culm import get_job_times, service
 from culm.errors import ClientFault, CulmError
 from culm.registry_wire import BanRequest, QueueRequest, ShardRequest, SitesRequest, VoRequest
 from culm.settings import RouterSettings
@@ -89,7 +90,12 @@ class Front:
         principal = self._principal(request)
         request[service.VERB] = "get_job"
         message = await dialects.decode(request, GetJobRequest)
-        answer = await pilots.get_job(self._forward, self.orphans, principal, message)
+        started, waits = time.perf_counter(), message.wait_s > 0
+        try:
+            answer = await pilots.get_job(self._forward, self.orphans, principal, message)
+        except CulmError as error:
+            get_job_times.refused(time.perf_counter() - started, error, waits=waits)
+            raise
         dialect = dialects.answer_dialect(request)
         written = False
         try:
@@ -103,7 +109,8 @@ class Front:
         finally:
             if answer.jobs and not written:
                 self.orphans.unsent(pilots.shards_of(self._forward.topology, answer), principal, message)
-        request[service.VERB] = "get_job" if answer.jobs else "get_job_empty"
+        get_job_times.answered(time.perf_counter() - started, waits=waits, has_jobs=bool(answer.jobs))
+        request[service.VERB] = service.TIMED
         return response
 
     async def _job(self, principal: Principal, request: web.Request) -> msgspec.Struct:

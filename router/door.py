@@ -47,11 +47,19 @@ async def listen(
     at: socket.socket,
     max_connections: int,
     tls: ssl.SSLContext | None = None,
+    *,
+    shed: Callable[[], None] = lambda: None,
 ) -> asyncio.Server:
-    """Serve each client with a `connection`; who comes when `max_connections` are open gets 503 and is shown out."""
+    """Serve each client with a `connection`; who comes when `max_connections` are open gets 503 and is shown out.
+
+    `shed` is called then. This module is imported before it is known where the metrics are kept: it may define none.
+    """
 
     def next_protocol() -> asyncio.BaseProtocol:
-        return connection() if len(server.connections) < max_connections else _Refusal()
+        if len(server.connections) < max_connections:
+            return connection()
+        shed()
+        return _Refusal()
 
     return await asyncio.get_running_loop().create_server(next_protocol, sock=at, backlog=BACKLOG, ssl=tls)
 

@@ -5,21 +5,19 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 import msgspec
-from prometheus_client import Counter
 
 from culm.errors import ClientFault, Moved
 from culm.shard_links import ShardLinks
 from culm.topology import Topology
 from culm.topology_store import TopologyCache
 from culm.wire import SlotRef
+from router.metrics import MISROUTES
 
 A = TypeVar("A", bound=msgspec.Struct)
 T = TypeVar("T")
 
 MOVED_PAUSES_S: Final = (0.0, 0.05, 0.2, 0.5)
 """How often and how long to wait for a topology that agrees with the shard."""
-
-_MISROUTES: Final = Counter("culm_router_misroutes_total", "Requests that a shard refused with moved")
 
 
 class Forward:
@@ -60,7 +58,7 @@ class Forward:
             try:
                 return await attempt(topology)
             except Moved:
-                _MISROUTES.inc()
+                MISROUTES.inc()
             if pause_s:
                 await asyncio.sleep(pause_s)
             topology = self.fresh_topology()

@@ -23,7 +23,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import RequestHandler
 
-from culm import access, telemetry
+from culm import access, get_job_times, telemetry
 from culm.errors import Bug, ClientFault, CulmError, Moved
 from culm.matching import Offer
 from culm.tokens import Verifier
@@ -65,8 +65,6 @@ _KINDS: Final[dict[str, type[msgspec.Struct]]] = {
 _VERBS: Final = {f"/v1/{verb}": verb for verb in _KINDS}
 _EMPTY: Final = msgspec.msgpack.encode(GetJobAnswer())
 _ANSWER: Final = msgspec.msgpack.Decoder(GetJobAnswer)
-_GIVEN: Final = telemetry.REQUESTS.labels("get_job", "ok")
-_NOTHING: Final = telemetry.REQUESTS.labels("get_job_empty", "ok")
 
 
 class Head(NamedTuple):
@@ -381,7 +379,10 @@ class _Asked:
 
     def fail(self, error: CulmError) -> None:
         """Refuse it."""
-        telemetry.REQUESTS.labels(self._head.verb, error.code).observe(time.perf_counter() - self._started)
+        elapsed_s = time.perf_counter() - self._started
+        telemetry.REQUESTS.labels(self._head.verb, error.code).observe(elapsed_s)
+        if self._head.verb == "get_job":
+            get_job_times.refused(elapsed_s, error, waits=self._message.wait_s > 0)
         refusal = dialects.encode_error(self._head.dialect, error)
         headers = "".join(f"{name}: {value}\r\n" for name, value in refusal.headers.items())
         body = refusal.body
@@ -416,7 +417,8 @@ class _Asked:
         self._connection.done(b"")
 
     def _observe(self, *, has_jobs: bool) -> None:
-        (_GIVEN if has_jobs else _NOTHING).observe(time.perf_counter() - self._started)
+        elapsed_s = time.perf_counter() - self._started
+        get_job_times.answered(elapsed_s, waits=self._message.wait_s > 0, has_jobs=has_jobs)
 
 
 async def _gather(work: Awaitable[msgspec.Struct]) -> msgspec.Struct:

@@ -22,6 +22,7 @@ from culm.topology_store import TopologyCache
 from router import door
 from router.app import Front
 from router.forward import Forward
+from router.metrics import EPOCH, UPSTREAM
 from router.peers import Peers
 
 RESTART_PAUSE_S: Final = 0.2
@@ -124,7 +125,7 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         waiting=settings.link_waiting,
         tls=settings.link_tls,
     )
-    links = ShardLinks(lambda: topology.current, options)
+    links = ShardLinks(lambda: topology.current, options, lambda shard: UPSTREAM.labels(shard).observe)
     verifier = Verifier(settings.trusted_keys_dir)
     front = Front(settings, Forward(topology, links, settings.forward_deadline_s), verifier)
     https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
@@ -133,6 +134,8 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     async def follow() -> None:
         topology.refresh_if_changed()
         await links.refresh()
+        for authority, section in topology.current.sections.items():
+            EPOCH.labels(authority).set(section.epoch)
 
     async def ready() -> str:
         return "" if topology.current.sections else "topology"
@@ -155,7 +158,12 @@ async def _serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         assert runner.server is not None
         at = door.bound(settings.host, settings.port)
         server = await door.listen(
-            runner.server, front.connections(runner.server), at, settings.max_connections, https.context
+            runner.server,
+            front.connections(runner.server),
+            at,
+            settings.max_connections,
+            https.context,
+            shed=telemetry.SHED.labels("connections").inc,
         )
         log.info("worker %d serves %s:%d", os.getpid(), settings.host, settings.port)
         await stop.wait()

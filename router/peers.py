@@ -13,7 +13,6 @@ from typing import Final
 
 import aiohttp
 import msgspec
-from prometheus_client import Gauge
 
 from culm import access, topology_store
 from culm.errors import ClientFault, CulmError, Unavailable
@@ -22,17 +21,11 @@ from culm.settings import RouterSettings
 from culm.tokens import adopt_keys, public_keys
 from culm.topology import Topology
 from culm.wire import Principal
+from router.metrics import PEER_HEARD
 
 DEADLINE_S: Final = 2.0
 MAX_ANSWER_BYTES: Final = 64 << 20
 """A section of 10,000 sites has about 10 MB."""
-
-_HEARD: Final = Gauge(
-    "culm_peer_heard_seconds",
-    "When a peer last told its section, unix time",
-    ["authority"],
-    multiprocess_mode="livemax",
-)
 
 log = logging.getLogger("router.peers")
 
@@ -53,6 +46,9 @@ class Peers:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._cut_off: set[str] = set()
+        for authority in settings.peers:
+            # There from the start, as 0: one that was never heard is missed, too.
+            PEER_HEARD.labels(authority)
 
     async def poll(self) -> None:
         """One turn of a background loop: all peers at once; one that does not answer is left as it was last heard."""
@@ -77,7 +73,7 @@ class Peers:
             if authority in self._cut_off:
                 log.info("authority %s is back", authority)
             self._cut_off.discard(authority)
-            _HEARD.labels(authority).set(time.time())
+            PEER_HEARD.labels(authority).set(time.time())
 
     def _adopt(self, answer: AuthorityAnswer) -> None:
         # The keys first: whoever is named in the section may speak for it at once.

@@ -30,14 +30,18 @@ async def cancel(forward: Forward, principal: Principal, request: CancelRequest)
     """
     access.require_role(principal, "user", "admin")
     if bool(request.ids) == (request.jobset is not None):
-        raise ClientFault("bad_cancel", "either ids or a jobset is needed")
+        raise ClientFault("bad_cancel", "exactly one is needed: ids or a jobset")
+    if request.after and request.jobset is None:
+        raise ClientFault("bad_cancel", "`after` goes with a jobset")
 
     ended: dict[int, CancelledJob] = {}
     missing: dict[str, CulmError] = {}
+    following: set[int] = set()
 
     async def attempt(topology: Topology) -> None:
         calls = _cancel_calls(topology, principal, request, ended)
         missing.clear()
+        following.clear()
         for (shard, _), answer in zip(
             calls, await forward.links.ask_many(calls, "cancel", CancelAnswer, forward.deadline_s), strict=True
         ):
@@ -46,6 +50,7 @@ async def cancel(forward: Forward, principal: Principal, request: CancelRequest)
             else:
                 # What an earlier attempt ended stays ended: a repeat would call it "already_final".
                 ended.update((job.id, job) for job in answer.jobs if job.id not in ended)
+                following.update(() if answer.next is None else (answer.next,))
         for error in missing.values():
             if isinstance(error, Moved):
                 raise error
@@ -57,7 +62,9 @@ async def cancel(forward: Forward, principal: Principal, request: CancelRequest)
     for identifier in request.ids:
         placed = slot_of(identifier) in forward.topology.placement
         ended.setdefault(identifier, CancelledJob(id=identifier, outcome="unknown" if placed else "not_found"))
-    return CancelAnswer(jobs=list(ended.values()), missing_shards=list(missing))
+    # Whoever got further than the first to stop ends nothing twice: what is final stays as it is.
+    following_after = min(following, default=None)
+    return CancelAnswer(jobs=list(ended.values()), missing_shards=list(missing), next=following_after)
 
 
 async def job(forward: Forward, principal: Principal, identifier: int) -> JobView:
@@ -86,7 +93,7 @@ def _cancel_calls(
     """One call per shard, for the ids that have no outcome yet and that a shard can know."""
     if request.jobset is not None:
         # A jobset may span shards: all are asked.
-        jobset = ShardCancel(principal=principal, slots=[], jobset=request.jobset)
+        jobset = ShardCancel(principal=principal, slots=[], jobset=request.jobset, after=request.after)
         return [(shard, jobset) for shard in topology.shards]
     by_shard: dict[str, dict[SlotRef, list[int]]] = {}
     for identifier in dict.fromkeys(request.ids):

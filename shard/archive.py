@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Final
 
 import msgspec
-from prometheus_client import Counter as Metric
 
 from culm.errors import ClientFault
 from culm.ids import id_range
@@ -20,6 +19,7 @@ from culm.settings import ArchiveSettings
 from culm.states import FINAL, State
 from culm.wire import ArchivePartition, SlotRef
 from shard.database import Database, Transaction
+from shard.metrics import ARCHIVED
 from shard.ownership import Ownership
 from shard.transitions import Counted, add_to_tallies, lock_jobs, lock_slots
 
@@ -33,8 +33,6 @@ FIRST_YEAR: Final = 2020
 """What ended before lies in one partition."""
 _FINAL: Final = tuple(sorted(FINAL))
 _ENCODER: Final = msgspec.msgpack.Encoder()
-
-_MOVED: Final = Metric("culm_archived_jobs_total", "Jobs that went into the archive")
 
 log = logging.getLogger("shard.archive")
 
@@ -161,7 +159,7 @@ class Archive:
             await self._make_months()
             months = sorted(filter(None, map(_number, self._months)))
             await self._database.run("write", partial(_move, at=at, ids=ids, months=months))
-            _MOVED.inc(len(ids))
+            ARCHIVED.inc(len(ids))
         if len(ids) < n_batch:
             # At the end it begins anew.
             self._looked_at[at.slot] = until if stop else 0
@@ -201,14 +199,18 @@ async def _move(tx: Transaction, at: SlotRef, ids: Sequence[int], months: Sequen
     reports = _by_job(await tx.fetch("reports_of", gone))
     archived, tally = [], Counter[Counted]()
     of_months: Counter[tuple[int, int, str, str]] = Counter()
-    for identifier, slot, state, owner, vo, jobset, depth, ended_at in await tx.fetch("archived_from", gone):
+    for identifier, slot, state, owner, vo, jobset, depth, created_at, ended_at in await tx.fetch(
+        "archived_from", gone
+    ):
         body = ArchivedJob(
             row=list(rows[identifier]),
             spec=specs.get(identifier, b""),
             events=events.get(identifier, []),
             reports=reports.get(identifier, []),
         )
-        archived.append((identifier, ended_at, slot, state, owner, vo, jobset, depth, _ENCODER.encode(body)))
+        archived.append(
+            (identifier, ended_at, created_at, slot, state, owner, vo, jobset, depth, _ENCODER.encode(body))
+        )
         tally[slot, State(state), vo] -= 1
         of_months[_month_of(ended_at, months), slot, state, vo] += 1
     await tx.execute_rows("insert_archived", archived)

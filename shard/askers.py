@@ -120,6 +120,10 @@ class Askers:
             seen.n_jobs += n_jobs
             seen.last_job_at = now
 
+    def queues(self) -> list[str]:
+        """The computing queues that ever asked here, as far as is remembered."""
+        return list(self._queues)
+
     def last_at(self, queue: str) -> float:
         """When a computing queue last asked here, unix time; 0 if it never did."""
         known = self._queues.get(queue)

@@ -18,15 +18,20 @@ from culm.states import Event, State
 from culm.wire import Grant, ShardGetJob
 from shard.database import ChangedUnderfootError, Row, Step, Transaction
 from shard.hints import ClassKey, Hint
-from shard.shelf import Shelf
+from shard.shelf import Shelf, read_claimed
 from shard.terms import Terms
-from shard.transitions import Change, happenings, job_of, lock_slots, require_open, writes
+from shard.transitions import Change, job_of, lock_slots, note, require_open, writes
 
 MAX_ROUNDS: Final = 4
 CLASSES_PER_STATEMENT: Final = 100
 TOKEN_BYTES: Final = 12
 MAX_SPEC_BYTES: Final = 4 << 20
 """Of the jobs of one answer: it must fit into a frame. One job always does."""
+MAX_BATCH_BYTES: Final = 16 << 20
+"""Of all answers of a batch: they leave together, and who gets nothing for it is in the next one."""
+_SPEC: Final = 16
+_SIZE: Final = 17
+"""Columns of `read_claimed`."""
 
 
 @dataclass
@@ -43,6 +48,8 @@ class Seat:
     """Answered from the leases that its first try got, or refused: it takes nothing new."""
     cut: bool = False
     """It got less than it asked for and could have had: more would not fit into one answer."""
+    later: bool = False
+    """It gets nothing, for the answers of the batch are large enough without it: the next batch has it."""
     refusal: CulmError | None = None
     """Why it gets nothing, although others of the batch do."""
 
@@ -161,9 +168,10 @@ async def claim_at_once(
         steps.append(Step("find_answers", [asked], must_find=0))
     if changes:
         steps += writes(changes, tx.writer, leases)
+    await _bring_large(tx, seats, jobs)
     answers = await tx.together(steps)
     require_open(wanted, answers[0])
-    tx.happened += happenings(changes)
+    note(tx, changes)
     return result
 
 
@@ -180,7 +188,7 @@ def _clear(seats: Sequence[Seat]) -> None:
     for seat in seats:
         seat.grants.clear()
         seat.taken.clear()
-        seat.repeated, seat.cut, seat.refusal = False, False, None
+        seat.repeated, seat.cut, seat.later, seat.refusal = False, False, False, None
 
 
 def _groups(seats: Sequence[Seat]) -> list[_Group]:
@@ -198,6 +206,7 @@ async def _answer_repeated(tx: Transaction, seats: Sequence[Seat]) -> None:
     for row in rows:
         leases.setdefault((row[0].rstrip(" "), row[1].rstrip(" ")), []).append(row)
     jobs = await _read_claimed(tx, [row[2] for row in rows])
+    n_bytes = 0
     for seat in seats:
         for _, _, job_id, attempt, token, first_s, heartbeat_s in leases.get(identity(seat.call), []):
             seat.repeated = True
@@ -208,6 +217,13 @@ async def _answer_repeated(tx: Transaction, seats: Sequence[Seat]) -> None:
                 seat.refusal = ClientFault("request_id_reused", "this request id was used for another computing queue")
             else:
                 seat.grants.append(_grant_of(jobs[job_id], attempt, token, (first_s, heartbeat_s)))
+        # All of its first answer, or nothing yet.
+        size = sum(jobs[grant.id][_SIZE] for grant in seat.grants)
+        if n_bytes and n_bytes + size > MAX_BATCH_BYTES:
+            seat.grants.clear()
+            seat.later = True
+        n_bytes += size if seat.grants else 0
+    await _bring_large(tx, seats, jobs)
 
 
 async def _win(tx: Transaction, groups: Sequence[_Group], candidates: Sequence[list[Hint]]) -> int:
@@ -272,11 +288,13 @@ async def _grant(tx: Transaction, groups: Sequence[_Group], terms: Terms, result
     won = [hint.id for group in groups for hint in group.won]
     if not won:
         return
-    leases, changes = _grants(groups, await _read_claimed(tx, won), terms, result)
+    jobs = await _read_claimed(tx, won)
+    leases, changes = _grants(groups, jobs, terms, result)
     if not changes:
         return
+    await _bring_large(tx, result.seats, jobs)
     await tx.together(writes(changes, tx.writer, leases))
-    tx.happened += happenings(changes)
+    note(tx, changes)
 
 
 def _grants(
@@ -287,6 +305,7 @@ def _grants(
     leases: list[tuple[object, ...]] = []
     changes: list[Change] = []
     n_bytes: dict[int, int] = {}
+    n_in_all, full = 0, False
     secret = secrets.token_hex(TOKEN_BYTES * len(winners))
     for number, (seat, hint, ordinal) in enumerate(winners):
         call, row = seat.call, jobs.get(hint.id)
@@ -295,12 +314,16 @@ def _grants(
             result.broken.add(hint.id)
             result.contended = True
             continue
-        n_bytes[id(seat)] = n_bytes.get(id(seat), 0) + len(row[16])
-        if seat.grants and n_bytes[id(seat)] > MAX_SPEC_BYTES:
+        size, of_seat = row[_SIZE], n_bytes.get(id(seat), 0)
+        # From there on nobody: a lower job is not given before a higher one, however small it is.
+        full = full or bool(n_in_all and n_in_all + size > MAX_BATCH_BYTES)
+        if full or (of_seat and of_seat + size > MAX_SPEC_BYTES):
             # Still ready: for this pilot's next request, or another's.
             result.unused.append(hint)
-            seat.cut = True
+            seat.cut, seat.later = bool(seat.grants), not seat.grants
             continue
+        n_bytes[id(seat)] = of_seat + size
+        n_in_all += size
         job = job_of((*row[:14], row[15]))
         attempt, token = job.attempt + 1, secret[number * 2 * TOKEN_BYTES : (number + 1) * 2 * TOKEN_BYTES]
         of_vo = terms.of(job.slot, job.vo)
@@ -342,7 +365,20 @@ def _seat_winners(groups: Sequence[_Group]) -> list[tuple[Seat, Hint, int]]:
 
 
 async def _read_claimed(tx: Transaction, ids: Sequence[int]) -> dict[int, Row]:
-    return {row[0]: row for row in await tx.fetch("read_claimed", tuple(ids))}
+    return {row[0]: row for row in await read_claimed(tx, ids)}
+
+
+async def _bring_large(tx: Transaction, seats: Sequence[Seat], jobs: Mapping[int, Row]) -> None:
+    """Put the payloads that were too large for their rows into the grants: no more than a batch may give."""
+    ids = [grant.id for seat in seats for grant in seat.grants if grant.id in jobs and jobs[grant.id][_SPEC] is None]
+    if not ids:
+        return
+    specs: dict[int, bytes] = dict(await tx.fetch("specs_of", tuple(ids)))
+    for seat in seats:
+        seat.grants[:] = [
+            msgspec.structs.replace(grant, spec=msgspec.Raw(specs[grant.id])) if grant.id in specs else grant
+            for grant in seat.grants
+        ]
 
 
 def _grant_of(row: Row, attempt: int, token: str, lease: tuple[float, float]) -> Grant:
@@ -356,5 +392,5 @@ def _grant_of(row: Row, attempt: int, token: str, lease: tuple[float, float]) ->
         owner=row[9],
         vo=row[15],
         priority=row[8],
-        spec=msgspec.Raw(row[16]),
+        spec=msgspec.Raw(row[_SPEC] or b""),
     )

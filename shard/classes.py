@@ -134,8 +134,9 @@ class ClassRegistry:
         matched = remembered.get(offer)
         if matched is None:
             if len(remembered) >= MAX_REMEMBERED_OFFERS:
-                remembered.clear()
-                self._fits[slot].clear()
+                oldest = next(iter(remembered))
+                del remembered[oldest]
+                self._fits[slot].pop(oldest, None)
             matched = remembered[offer] = {}
         found = []
         for class_id in sorted(self._active[slot]):

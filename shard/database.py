@@ -8,18 +8,19 @@ transactions share a tally row.
 import asyncio
 import contextlib
 import re
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from prometheus_client import Counter, Gauge
-
 from culm.clock import Clock, SystemClock
 from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
-from culm.wire import Happening
+from culm.wire import Happening, JobError
+from shard.counted import QUERY_TIMES, committed
 from shard.driver import DRIVER_ERRORS, LOST, RETRIED, Connection, broken, connect, errno, is_closed, mapped
+from shard.metrics import POOL_IN_USE, POOL_WAIT, RETRIES
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
 Pool = Literal["claim", "write", "read", "user"]
@@ -32,9 +33,6 @@ _WORD: Final = re.compile(r"[\w-]{1,32}")
 _UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
 RESTART_S: Final = 2.0
 """Two looks at a server's start differ by less, for it counts whole seconds."""
-
-_IN_USE: Final = Gauge("culm_db_pool_in_use", "Connections in use", ["pool"])
-_RETRIES: Final = Counter("culm_db_retries_total", "Transactions run again", ["errno"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,8 @@ class Transaction:
         self.writer = writer
         self.happened: list[Happening] = []
         """To be told when this is committed."""
+        self.failed: list[JobError | None] = []
+        """Why jobs failed in it, one each; None: nobody said."""
         self.n_done = 0
         """Statements that were answered."""
         self._connection = connection
@@ -79,23 +79,23 @@ class Transaction:
 
     async def fetch(self, name: str, *arguments: Any) -> list[Row]:
         """All rows of a statement."""
-        return (await self._run(self._statements[name].head, arguments))[1]
+        return (await self._run(name, self._statements[name].head, arguments))[1]
 
     async def fetch_rows(self, name: str, rows: Sequence[Sequence[Any]]) -> list[Row]:
         """All rows of a statement whose repeated part takes one row of arguments each; none for no rows."""
         if not rows:
             return []
-        return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[1]
+        return (await self._run(name, self._statements[name].for_rows(len(rows)), flatten(rows)))[1]
 
     async def execute(self, name: str, *arguments: Any) -> int:
         """Run a statement; the number of rows it found or changed."""
-        return (await self._run(self._statements[name].head, arguments))[0]
+        return (await self._run(name, self._statements[name].head, arguments))[0]
 
     async def execute_rows(self, name: str, rows: Sequence[Sequence[Any]]) -> int:
         """Run a statement with a repeated part for all rows at once; nothing for no rows."""
         if not rows:
             return 0
-        return (await self._run(self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
+        return (await self._run(name, self._statements[name].for_rows(len(rows)), flatten(rows)))[0]
 
     async def together(self, steps: Sequence[Step]) -> list[list[Row]]:
         """Several statements in one packet, in their order; the rows of each, none of a write.
@@ -112,6 +112,7 @@ class Transaction:
             flat += arguments
         answers: list[list[Row]] = []
         wrong = False
+        began = time.perf_counter()
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
             try:
                 n_rows = await cursor.execute(";\n".join(texts), flat or None)
@@ -125,6 +126,8 @@ class Transaction:
                 # What followed from the first surprise is no news.
                 if not wrong:
                     raise
+            finally:
+                QUERY_TIMES[steps[0].name].observe(time.perf_counter() - began)
             self.n_done += len(steps)
         if wrong:
             raise ChangedUnderfootError
@@ -140,15 +143,19 @@ class Transaction:
             if not _WORD.fullmatch(word):
                 raise Bug(f"{word!r} cannot be a part of {name}")
             text = text.replace(f":{key}", word)
-        await self._run(text, ())
+        await self._run(name, text, ())
 
-    async def _run(self, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
+    async def _run(self, name: str, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
+        began = time.perf_counter()
         async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
-            text, flat = expand(sql, arguments)
-            n_rows = await cursor.execute(text, flat or None)
-            rows = list(await cursor.fetchall()) if cursor.description else []
-            self.n_done += 1
-            return n_rows, rows
+            try:
+                text, flat = expand(sql, arguments)
+                n_rows = await cursor.execute(text, flat or None)
+                rows = list(await cursor.fetchall()) if cursor.description else []
+                self.n_done += 1
+                return n_rows, rows
+            finally:
+                QUERY_TIMES[name].observe(time.perf_counter() - began)
 
 
 class _StaleError(Exception):
@@ -200,15 +207,15 @@ class Database:
                 async with self._pools[pool].transaction() as transaction:
                     return await work(transaction)
             except ChangedUnderfootError:
-                _RETRIES.labels("changed").inc()
+                RETRIES.labels("changed").inc()
             except _StaleError:
-                _RETRIES.labels("stale").inc()
+                RETRIES.labels("stale").inc()
                 continue
             except DRIVER_ERRORS as error:
                 number = errno(error)
                 if number not in RETRIED:
                     raise mapped(error) from error
-                _RETRIES.labels(str(number)).inc()
+                RETRIES.labels(str(number)).inc()
             if attempt < MAX_TRIES:
                 # Linear: the rival needs a few milliseconds, and MAX_TRIES bounds it.
                 await asyncio.sleep(0.002 * attempt)
@@ -240,16 +247,13 @@ class _Pool:
         self.name: Pool = name
         self._free: deque[tuple[int, Connection | None, int]] = deque((writer, None, 0) for writer in writers)
         self._slots = asyncio.Semaphore(len(writers))
-        self._gauge = _IN_USE.labels(name)
+        self._gauge = POOL_IN_USE.labels(name)
+        self._wait = POOL_WAIT.labels(name)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         settings = self.database.settings
-        try:
-            async with asyncio.timeout(settings.acquire_timeout_s):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise Unavailable("database_busy", f"no {self.name} connection became free in time") from None
+        await self._acquire()
         # The most recently used one first: idle ones stay idle.
         writer, connection, generation = self._free.pop()
         keep, used = False, True
@@ -272,6 +276,7 @@ class _Pool:
                 raise
             keep = True
             if transaction.happened:
+                committed(transaction.happened, transaction.failed)
                 self.database.on_commit(transaction.happened)
         except TimeoutError:
             raise Unavailable("database_slow", "the partition's database did not answer in time") from None
@@ -289,6 +294,16 @@ class _Pool:
             self._free.append((writer, connection if keep else None, generation))
             self._gauge.dec()
             self._slots.release()
+
+    async def _acquire(self) -> None:
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.database.settings.acquire_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise Unavailable("database_busy", f"no {self.name} connection became free in time") from None
+        finally:
+            self._wait.observe(time.perf_counter() - began)
 
     def _lost(self, transaction: Transaction | None, *, used: bool) -> None:
         """Note a connection that is gone. Raises _StaleError if it was gone before it was used: nothing was done."""

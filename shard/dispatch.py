@@ -14,11 +14,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from prometheus_client import Counter as Metric
-from prometheus_client import Gauge
-
 from culm.errors import ClientFault, CulmError, Moved, Unavailable
 from culm.settings import ShardSettings
+from culm.telemetry import SHED
 from culm.wire import GetJobAnswer, ShardGetJob
 from shard.askers import Askers
 from shard.claim import Claimed, Seat, claim, claim_at_once, enough, groups_of, identity
@@ -26,7 +24,9 @@ from shard.classes import ClassRegistry
 from shard.database import Database, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError, Wanted
 from shard.driver import DuplicateKeyError
+from shard.hand_backs import HandBacks, Release
 from shard.hints import ClassKey, Hint
+from shard.metrics import BROKEN, CLAIM_BATCHES, DISPATCHED, PARKED, PENDING
 from shard.ownership import Ownership
 from shard.parking import Parking
 from shard.refill import Refill
@@ -39,20 +39,15 @@ PATIENCE_S = 2.0
 """So long past its deadline a request looks again for a reason, before it is answered all the same."""
 MAX_KEYS_PER_BATCH = 4096
 """Classes that one batch may ask Redis for, over all its different offers; the rest is the next batch."""
+OFFERS_PER_TURN = 20
+"""Of the loop, when all that wait are looked at."""
 MAX_BROKEN = 10_000
 MAX_COLLISIONS = 5
 """Claims of one request that may hit a unique key."""
 
-_DISPATCHED = Metric("culm_jobs_dispatched_total", "Jobs given to pilots")
-_BATCHES = Metric("culm_claim_batches_total", "Claim transactions")
-_BROKEN = Metric("culm_broken_jobs_total", "Jobs that a claim passed over, for their rows do not fit together")
-_PARKED = Gauge("culm_parked_requests", "Long polls that wait for a job")
-_PENDING = Gauge("culm_pending_requests", "get_job requests that wait for a claim")
+_FULL = SHED.labels("get_jobs")
 
 log = logging.getLogger("shard.dispatch")
-
-Release = Callable[[str, str], Awaitable[int]]
-"""(subject, request id): give back what was granted and never seen."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,6 @@ class Dispatcher:
     def __init__(self, parts: DispatchParts, settings: ShardSettings, release: Release) -> None:
         self._parts = parts
         self._settings = settings
-        self._release = release
         self._pending: deque[Request] = deque()
         self._arrived = asyncio.Event()
         self._numbers = itertools.count()
@@ -82,7 +76,7 @@ class Dispatcher:
         self._parking: Parking[Request] = Parking()
         self._workers: list[asyncio.Task[None]] = []
         self._side_tasks: set[asyncio.Task[None]] = set()
-        self._returning: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._hand_backs = HandBacks(release)
         self._broken: set[int] = set()
         """Jobs whose rows do not fit together: no claim tries them again. The audit names them."""
         self._stopping = False
@@ -106,6 +100,7 @@ class Dispatcher:
         for request in list(self._pending):
             self._fail(request, Unavailable("stopping", "the shard is stopping"))
         await asyncio.gather(*self._workers, *self._side_tasks, return_exceptions=True)
+        await self._hand_backs.stop()
 
     async def get_job(self, call: ShardGetJob) -> GetJobAnswer:
         """Give jobs, at once or within `wait_s`; none is an answer.
@@ -121,9 +116,7 @@ class Dispatcher:
         if future is None:
             await self._parts.ownership.require(call.slots)
             key = identity(call)
-            while key in self._returning:
-                # Its first try is being given back: to find the leases of that one now would be to lose them at once.
-                await asyncio.wait([self._returning[key]])
+            await self._hand_backs.ended(key)
             future = self._join(call, key)
         return await future
 
@@ -135,7 +128,7 @@ class Dispatcher:
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
         key = identity(call)
-        if key in self._returning or not self._parts.ownership.holds(call.slots):
+        if key in self._hand_backs or not self._parts.ownership.holds(call.slots):
             return None
         return self._join(call, key)
 
@@ -145,6 +138,7 @@ class Dispatcher:
         request = self._requests.get(key)
         if request is None:
             if len(self._pending) >= self._settings.dispatch.max_pending:
+                _FULL.inc()
                 raise Unavailable("overloaded", "too many get_job requests are waiting")
             slots = tuple([ref.slot for ref in call.slots])
             request = Request(call, next(self._numbers), key, slots, loop.time() + call.wait_s)
@@ -175,11 +169,14 @@ class Dispatcher:
             for key, n_jobs in counts.items():
                 self._wake(Wake(key, n_jobs))
 
-    def look_again(self) -> None:
+    async def look_again(self) -> None:
         """Nobody may wait whom an active class fits: he looked in vain, so an announcement was lost since."""
-        for slot, offer in self._parking.offers():
+        for n, (slot, offer) in enumerate(self._parking.offers(), start=1):
             for key in self._parts.classes.fitting([slot], offer)[:1]:
                 self._wake(Wake(key, None))
+            if n % OFFERS_PER_TURN == 0:
+                # Each may be matched with a thousand classes: the others have their turn in between.
+                await asyncio.sleep(0)
 
     async def withdraw(self, hints: Sequence[Hint]) -> None:
         """Jobs ceased to be ready, and that is committed: their hints go. Safe to retry: yes."""
@@ -187,11 +184,9 @@ class Dispatcher:
             self._parts.refill.shelf.drop(hint.id for hint in hints)
             await self._remove_quietly(hints)
 
-    def hand_back(self, subject: str, request_id: str) -> None:
-        """The client of this request is gone: release what it got, in the background."""
-        key = subject.rstrip(" "), request_id.rstrip(" ")
-        task = self._returning[key] = self._aside(self._release_quietly(subject, request_id))
-        task.add_done_callback(lambda done: self._returned(key, done))
+    def hand_back(self, subject: str, request_id: str) -> "asyncio.Task[int]":
+        """The client of this request is gone: release what it got, in the background; how many jobs."""
+        return self._hand_backs.begin(subject, request_id)
 
     # --- one batch
 
@@ -215,7 +210,7 @@ class Dispatcher:
             batch.append(request)
         if not self._pending:
             self._arrived.clear()
-        _PENDING.set(len(self._pending))
+        PENDING.set(len(self._pending))
         return batch
 
     async def _serve(self, batch: list[Request]) -> None:
@@ -318,12 +313,12 @@ class Dispatcher:
         return hints
 
     def _settle(self, batch: list[Request], claimed: Claimed, announced: dict[ClassKey, int]) -> None:
-        _BATCHES.inc()
+        CLAIM_BATCHES.inc()
         for key in claimed.empty:
             self._parts.classes.seen_empty(key, announced[key])
         self._put_back(claimed.unused)
         if claimed.broken:
-            _BROKEN.inc(len(claimed.broken))
+            BROKEN.inc(len(claimed.broken))
             log.error("passed over, their rows do not fit together (culm audit): %s", sorted(claimed.broken)[:20])
             if len(self._broken) < MAX_BROKEN:
                 self._broken |= claimed.broken
@@ -331,17 +326,17 @@ class Dispatcher:
             self._parts.refill.taken(hint.id for hint in claimed.from_database)
             self._parts.refill.shelf.drop(hint.id for hint in claimed.from_database)
             self._aside(self._remove_quietly(claimed.from_database))
+        DISPATCHED.inc(sum(len(seat.taken) for seat in claimed.seats))
         for request, seat in zip(batch, claimed.seats, strict=True):
             if seat.refusal is not None:
-                self._fail(request, seat.refusal)
+                self._turn_away(request, seat.refusal)
             elif seat.grants:
-                _DISPATCHED.inc(len(seat.taken))
                 slots = (key.slot for key in seat.taken)
                 self._parts.askers.given(seat.call.offer.queue, seat.call.pilot.id, slots)
                 full = seat.repeated or seat.cut or claimed.contended or len(seat.grants) == request.n_jobs
                 request.woken = _left_over(request.woken, seat.taken) if full else None
                 self._answer(request, GetJobAnswer(jobs=list(seat.grants)))
-            elif claimed.contended and seat.keys:
+            elif seat.later or (claimed.contended and seat.keys):
                 self._again_soon(request)
             else:
                 request.woken = None
@@ -373,13 +368,15 @@ class Dispatcher:
         elif request.deadline <= now or len(self._parking) >= self._settings.dispatch.max_parked:
             self._answer(request, GetJobAnswer())
         else:
+            if not self._parking.park(request):
+                self._answer(request, GetJobAnswer())
+                return
             if request.timer is None:
                 request.timer = asyncio.get_running_loop().call_at(request.deadline, self._wait_is_over, request)
-            self._parking.park(request)
             if request.n_clients == 0:
                 # Its client went while it was in the claim: nobody waits, and it must not take a wake-up from others.
                 self._abandon(request)
-            _PARKED.set(len(self._parking))
+            PARKED.set(len(self._parking))
 
     def _announced_since(self, request: Request) -> bool:
         classes = self._parts.classes
@@ -394,11 +391,11 @@ class Dispatcher:
             n_left -= request.n_jobs
             request.woken = Wake(wake.key, share)
             self._enqueue(request)
-        _PARKED.set(len(self._parking))
+        PARKED.set(len(self._parking))
 
     def _wait_is_over(self, request: Request) -> None:
         if self._parking.leave(request):
-            _PARKED.set(len(self._parking))
+            PARKED.set(len(self._parking))
             if self._parts.classes.fitting(request.slots, request.offer):
                 # There may be a job whose announcement was lost: no empty answer without a look.
                 self._enqueue(request)
@@ -420,6 +417,13 @@ class Dispatcher:
         self._forget(request)
         request.refuse(error)
 
+    def _turn_away(self, request: Request, error: CulmError) -> None:
+        """Fail one that others need not share the fate of: what it was woken for is theirs."""
+        self._fail(request, error)
+        if request.woken is not None:
+            wake, request.woken = request.woken, None
+            self._wake(wake)
+
     def _abandon(self, request: Request) -> None:
         """The last client is gone: out of the parking, or the answer goes back when it comes."""
         if self._parking.leave(request):
@@ -432,7 +436,7 @@ class Dispatcher:
         slot, epoch = moved.details["slot"], moved.details["epoch"]
         for request in batch:
             if any(ref.slot == slot and ref.epoch != epoch for ref in request.call.slots):
-                self._fail(request, Moved(slot, epoch))
+                self._turn_away(request, Moved(slot, epoch))
             else:
                 self._enqueue(request)
 
@@ -455,10 +459,6 @@ class Dispatcher:
         if hints:
             self._aside(self._push_quietly(hints))
 
-    def _returned(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
-        if self._returning.get(key) is task:
-            del self._returning[key]
-
     def _aside(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._side_tasks.add(task)
@@ -474,13 +474,6 @@ class Dispatcher:
     async def _remove_quietly(self, hints: Sequence[Hint]) -> None:
         with contextlib.suppress(QueueLostError):
             await self._parts.queue.remove(hints)
-
-    async def _release_quietly(self, subject: str, request_id: str) -> None:
-        try:
-            await self._release(subject, request_id)
-        except CulmError as error:
-            # The short first lease will do it.
-            log.warning("could not give back request %s: %s", request_id, error)
 
 
 def _left_over(wake: Wake | None, taken: Sequence[ClassKey]) -> Wake | None:

@@ -14,21 +14,18 @@ from importlib import resources
 from typing import Any, Final
 
 import redis.asyncio as redis
-from prometheus_client import Counter, Gauge
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
 from culm.clock import Clock, SystemClock
 from culm.settings import DispatchSettings
 from shard.hints import ClassKey, Hint
+from shard.metrics import REDIS_FAILURES, REDIS_OPEN
 
 LOW_PART: Final = 4
 """A class is low when less than this part of the cap is left of it: there must be enough while more is fetched."""
 _ID_DIGITS: Final = 16
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
-
-_FAILURES: Final = Counter("culm_redis_failures_total", "Calls of the dispatch queue that failed")
-_OPEN: Final = Gauge("culm_redis_breaker_open", "1 while dispatch goes by the database alone")
 
 log = logging.getLogger("shard.dispatch_queue")
 
@@ -172,13 +169,13 @@ class DispatchQueue:
             async with asyncio.timeout(self.settings.redis_timeout_s):
                 answer = await script(keys=[self._prefix], args=[self.generation, *arguments])
         except (RedisError, OSError, TimeoutError, UnicodeDecodeError) as error:
-            _FAILURES.inc()
-            _OPEN.set(1)
+            REDIS_FAILURES.inc()
+            REDIS_OPEN.set(1)
             self.generation = ""
             self._closed_until = self._clock.monotonic() + self.settings.breaker_s
             log.warning("dispatch queue: %s failed: %s", name, type(error).__name__)
             raise QueueLostError(name) from error
-        _OPEN.set(0)
+        REDIS_OPEN.set(0)
         if isinstance(answer, list) and answer[0] == -1:
             self.generation = ""
             raise QueueLostError("another generation")

@@ -35,7 +35,7 @@ from shard.driver import DuplicateKeyError
 from shard.hints import ClassKey, Hint
 from shard.id_blocks import IdBlocks
 from shard.ownership import Ownership
-from shard.shelf import Shelf
+from shard.shelf import INLINE_BYTES, Shelf
 from shard.terms import Terms, with_defaults
 from shard.transitions import add_to_tallies, lock_slots
 
@@ -300,7 +300,8 @@ def _on_shelf(call: ShardSubmit, job: _NewJob) -> Row:
     who = call.principal
     return (
         *(job.id, slot_of(job.id), job.class_id, job.state, 1, 0, 0, job.spec.max_attempts, job.priority),
-        *(who.account, 0, job.spec.queue, "", "", call.jobset, who.vo, job.body),
+        *(who.account, 0, job.spec.queue, "", "", call.jobset, who.vo),
+        *(job.body if len(job.body) <= INLINE_BYTES else None, len(job.body)),
     )
 
 

@@ -5,6 +5,7 @@ Every write by a pilot names attempt and lease token; what does not match the le
 data side gets the present state, if the job's history has it.
 """
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final, TypedDict
@@ -31,8 +32,9 @@ from culm.wire import (
     SlotRef,
 )
 from shard.archive import ArchivedJob, find_archived
-from shard.database import Database, Transaction
+from shard.database import Database, Row, Transaction
 from shard.hints import Hint, Notices
+from shard.metrics import HUNG_UP_JOBS
 from shard.ownership import Ownership
 from shard.terms import Terms, silence_s
 from shard.transitions import Change, Job, Lease, Locked, apply, lock_jobs, lock_slots, lost
@@ -52,11 +54,19 @@ DATA_EVENTS: Final = frozenset(
 """What the data side may say; it ends only jobs that no worker runs."""
 AFTER_WORKER: Final = frozenset({State.HOLDING, State.TRANSFERRING, State.MERGING})
 _DATA_MAY_END: Final = UNREADY | AFTER_WORKER
+REPORTED: Final = frozenset(PILOT_EVENTS) - {State.STARTING, State.RUNNING}
+"""What a pilot reports; that it is at work it says by heartbeats."""
+HUNG_UP: Final = "the client was gone"
+"""Begins the detail of a release that no pilot asked for."""
 _IDS_PER_TRANSACTION: Final = 200
+_ENDED_PER_CALL: Final = 10_000
+_ENDING_S: Final = 3.0
+"""Of a jobset in one call: the answer fits into a frame and comes before the router gives up."""
 GIVEN_BACK: Final = 1
 """Our own code: PanDA has none for it."""
 _CANCELLED: Final[CancelOutcome] = "cancelled"
 ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(ReportRequest)
 
 
 class _OfJob(TypedDict):
@@ -121,13 +131,18 @@ class Lifecycle:
             return CancelAnswer(jobs=ended)
         # What a moved slot left behind here is not ours to end.
         slots = tuple(ref.slot for ref in call.slots) or tuple(self._ownership.open)
-        ended, after = [], 0
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _ENDING_S
+        ended, after = list[CancelledJob](), call.after
         while True:
-            ids = await self._ids_of_jobset(call.jobset, slots, after)
-            if not ids:
+            rows = await self._database.run("read", partial(_of_jobset, at=(call.jobset, after, slots)))
+            if not rows:
                 return CancelAnswer(jobs=ended)
-            ended += await self._cancel_ids(call.principal, ids)
-            after = ids[-1]
+            after = rows[-1][0]
+            told, ids = _sorted_out(call.principal, rows)
+            ended += told + await self._cancel_ids(call.principal, ids)
+            if len(ended) >= _ENDED_PER_CALL or loop.time() > until:
+                return CancelAnswer(jobs=ended, next=after)
 
     async def release_request(self, subject: str, request_id: str) -> int:
         """Give back the jobs that this get_job was granted, unless a sign of life came; how many.
@@ -176,8 +191,9 @@ class Lifecycle:
         event = PILOT_EVENTS[request.state or State.SENT]
         if event is Event.RELEASE and job.cancel_requested:
             event = Event.CANCEL
-        if request.state == job.state and job.state in AFTER_WORKER:
-            return ReportAnswer(id=job.id, attempt=job.attempt, state=job.state), []
+        said = request.state
+        if said in AFTER_WORKER and (said == job.state or await _was_said(tx, job, event)):
+            return ReportAnswer(id=job.id, attempt=job.attempt, state=said), []
         return await self._make_reported(tx, call, job, (event, lease))
 
     async def _report_of_data(self, tx: Transaction, call: ShardReport) -> tuple[ReportAnswer, list[Hint]]:
@@ -200,7 +216,10 @@ class Lifecycle:
     ) -> tuple[ReportAnswer, list[Hint]]:
         """Make the transition, keep the report if it ends the attempt, else renew the lease."""
         event, lease = what
-        change, request = self.reported(call, job, event)
+        n_hung_up = 0
+        if event is Event.RELEASE and not self.is_free(job):
+            n_hung_up = int((await tx.fetch("count_events_of", job.id, event, f"{HUNG_UP}%"))[0][0])
+        change, request = self.reported(call, job, event, n_hung_up)
         state = change.target
         hints = await apply(tx, [change])
         if state not in LEASED and lease is not None:
@@ -209,12 +228,23 @@ class Lifecycle:
             await tx.execute("extend_lease", self.lease_s(state, job, lease), job.id)
         return ReportAnswer(id=job.id, attempt=job.attempt, state=state), hints
 
-    def reported(self, call: ShardReport, job: Job, event: Event) -> tuple[Change, ReportRequest]:
-        """The transition that a report makes, and what is kept of it. Raises Conflict(bad_transition)."""
+    def is_free(self, job: Job) -> bool:
+        """Whether it may be given back for nothing, whatever it was given back for before."""
+        return job.attempt - 1 - job.lost < self._max_releases
+
+    def reported(self, call: ShardReport, job: Job, event: Event, n_hung_up: int = 0) -> tuple[Change, ReportRequest]:
+        """The transition that a report makes, and what is kept of it; so often its client was gone, if it is not free.
+
+        Raises Conflict(bad_transition).
+        """
         request, actor = call.request, call.principal.account
         detail = request.error.text if request.error else ""
         if event is Event.RELEASE:
-            change = lost(job, actor, request.error) if request.error else self._given_back(job, actor, detail)
+            if job.state in AFTER_WORKER:
+                raise Conflict("bad_transition", f"job {job.id} is {job.state}: its work was done")
+            change = (
+                lost(job, actor, request.error) if request.error else self._given_back(job, actor, detail, n_hung_up)
+            )
             # A job may be given back often: its story is in the events.
             return change, msgspec.structs.replace(request, stdout_tail="", stderr_tail="")
         return Change(job=job, event=event, actor=actor, detail=detail, error=request.error), request
@@ -257,28 +287,22 @@ class Lifecycle:
         locked = await lock_jobs(tx, ids)
         # Again, now locked: a job may have ended, and be another request's since.
         still = {row[0] for row in await tx.fetch("leases_of_request", request_id, subject)}
-        detail = f"the client of request {request_id} was gone"
+        # No pilot has seen it: that costs nothing, however often it happens.
+        detail = f"{HUNG_UP}: request {request_id}"
         changes = [
-            Change(job=job, event=Event.CANCEL, actor=subject, detail=detail)
-            if job.cancel_requested
-            else self._given_back(job, subject, detail)
+            Change(job=job, event=Event.CANCEL if job.cancel_requested else Event.RELEASE, actor=subject, detail=detail)
             for job in locked.jobs.values()
             if job.state is State.SENT and job.id in still
         ]
+        HUNG_UP_JOBS.inc(len(changes))
         return await apply(tx, changes)
 
-    def _given_back(self, job: Job, actor: str, detail: str) -> Change:
+    def _given_back(self, job: Job, actor: str, detail: str, n_hung_up: int) -> Change:
         """Free, but not for ever: a job that every pilot gives back would go round for good."""
-        n_before = job.attempt - 1 - job.lost
+        n_before = job.attempt - 1 - job.lost - n_hung_up
         if n_before >= self._max_releases:
             return lost(job, actor, JobError(plane="culm", code=GIVEN_BACK, text=f"given back {n_before + 1} times"))
         return Change(job=job, event=Event.RELEASE, actor=actor, detail=detail)
-
-    async def _ids_of_jobset(self, jobset: int, slots: tuple[int, ...], after: int) -> list[int]:
-        rows = await self._database.run(
-            "read", lambda tx: tx.fetch("jobs_of_jobset", jobset, after, slots, _IDS_PER_TRANSACTION)
-        )
-        return [row[0] for row in rows]
 
     def _slots_of(self, ids: Sequence[int]) -> list[SlotRef]:
         """The slots of jobs at the epochs that we know; the lock checks them."""
@@ -314,17 +338,26 @@ async def _is_repeat(tx: Transaction, job: Job, event: Event) -> bool:
     return (job.state, event) not in TRANSITIONS and bool(await tx.fetch("find_event", job.id, event))
 
 
+async def _was_said(tx: Transaction, job: Job, event: Event) -> bool:
+    """Whether this attempt has said so before, and the data side has gone on since."""
+    return (job.state, event) not in TRANSITIONS and bool(
+        await tx.fetch("find_event_of_attempt", job.id, event, job.attempt)
+    )
+
+
 async def _first_answer(tx: Transaction, request: ReportRequest) -> ReportAnswer | None:
     rows: Sequence[Sequence[Any]] = await tx.fetch("find_report", request.id, request.attempt)
     if not rows:
         archived = (await find_archived(tx, [request.id])).get(request.id)
         reports = archived.reports if archived is not None else []
-        rows = [(one[4], one[2]) for one in reports if one[0] == request.attempt]
+        rows = [(one[4], one[2], one[3]) for one in reports if one[0] == request.attempt]
     if not rows:
         return None
-    token, state = rows[0]
+    token, state, body = rows[0]
     if token != request.lease_token:
         raise Conflict("lease_lost", f"attempt {request.attempt} of job {request.id} was reported by its holder")
+    if request.state is not State.ACTIVATED and _DECODER.decode(body).state is State.ACTIVATED:
+        raise Conflict("lease_lost", f"attempt {request.attempt} of job {request.id} was given back")
     return ReportAnswer(id=request.id, attempt=request.attempt, state=State(state))
 
 
@@ -394,8 +427,32 @@ def _check_report(call: ShardReport) -> None:
         raise ClientFault("bad_report", "a report says either a state (pilot) or an event (data side)")
     if request.event is not None and request.event not in DATA_EVENTS:
         raise ClientFault("bad_report", f"{request.event} is not an event of the data side")
-    if request.state is not None and (request.state not in PILOT_EVENTS or not request.lease_token):
-        raise ClientFault("bad_report", f"a pilot cannot report {request.state} so, or the lease token is missing")
+    if request.state is not None and request.state not in REPORTED:
+        raise ClientFault("bad_report", f"{request.state} is said by a heartbeat, not by a report")
+    if request.state is not None and not request.lease_token:
+        raise ClientFault("bad_report", "the lease token is missing")
+
+
+async def _of_jobset(tx: Transaction, at: tuple[int, int, tuple[int, ...]]) -> list[Row]:
+    jobset, after, slots = at
+    return await tx.fetch("jobs_of_jobset", jobset, after, slots, _IDS_PER_TRANSACTION)
+
+
+def _sorted_out(principal: Principal, rows: Sequence[Row]) -> tuple[list[CancelledJob], list[int]]:
+    """The outcomes that need no lock, and the jobs that do. Of what the caller may not see nothing is said."""
+    told: list[CancelledJob] = []
+    ids: list[int] = []
+    for identifier, slot, state, owner, vo, working_group in rows:
+        of_job: _OfJob = {"vo": vo, "owner": owner, "authority": authority_of_slot(slot)}
+        if not access.may_end(principal, working_group=working_group, **of_job):
+            if access.may_read(principal, **of_job):
+                told.append(CancelledJob(id=identifier, outcome="forbidden"))
+        elif State(state) in FINAL:
+            # Final for good: it needs no lock to say so.
+            told.append(CancelledJob(id=identifier, outcome="already_final", state=State(state)))
+        else:
+            ids.append(identifier)
+    return told, ids
 
 
 def _cancel_outcome(principal: Principal, job: Job | None) -> CancelOutcome:

@@ -21,6 +21,7 @@ from shard.dispatch_queue import DispatchQueue
 from shard.happenings import Happenings
 from shard.hints import Hint, Notices
 from shard.intake import Intake
+from shard.levels import LOOK_S, Levels
 from shard.lifecycle import Lifecycle
 from shard.migrate import migrate
 from shard.obstacles import Obstacles
@@ -89,6 +90,7 @@ class Shard:
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
         why = Why(self.database, self.classes, self.askers, obstacles)
+        self.levels = Levels(self.database, self.ownership, self.askers, lambda: self.topology.current)
         self.samples = Samples(self.database, settings.samples_kept_hours)
         cases = UseCases(
             settings.name,
@@ -156,6 +158,7 @@ class Shard:
         self._loops.every(self.settings.archive.interval_s, "archive", self.archive.turn)
         self._loops.every(self.settings.topology_poll_s, "bans", self.bans.turn)
         self._loops.every(ASKERS_SAVE_S, "askers", self.askers.save)
+        self._loops.every(LOOK_S, "levels", self.levels.turn)
         self._loops.every(SAMPLES_LOOK_S, "samples", self.samples.turn)
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
@@ -169,7 +172,7 @@ class Shard:
 
     async def _sweep(self) -> None:
         await self.refill.sweep()
-        self.dispatcher.look_again()
+        await self.dispatcher.look_again()
 
     def _fresh_topology(self) -> Topology:
         self.topology.refresh_if_changed()

@@ -4,11 +4,15 @@ Kept by slot and offer, so that a wake-up matches a class against the few distin
 inside an offer the one that was parked first is woken first. As many are woken as jobs became ready, no more.
 """
 
+import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Final, Generic, Protocol, TypeVar
 
 from culm.matching import Offer
+
+MAX_OFFERS: Final = 2000
+"""Different ones that may wait in a slot: each is matched with every class that becomes ready there."""
 
 
 class Waiter(Protocol):
@@ -48,11 +52,15 @@ class Parking(Generic[W]):
     def __len__(self) -> int:
         return self._n_waiting
 
-    def park(self, waiter: W) -> None:
-        """Let it wait."""
+    def park(self, waiter: W) -> bool:
+        """Let it wait; False where too many different offers wait already."""
+        for slot in waiter.slots:
+            if waiter.offer not in self._waiting[slot] and len(self._waiting[slot]) >= MAX_OFFERS:
+                return False
         self._n_waiting += 1
         for slot in waiter.slots:
             self._waiting[slot].setdefault(waiter.offer, {})[waiter.arrived] = waiter
+        return True
 
     def leave(self, waiter: W) -> bool:
         """Take it out; False if it was not here."""
@@ -68,15 +76,22 @@ class Parking(Generic[W]):
 
     def wake(self, slot: int, n_jobs: int, fits: Callable[[Offer], bool]) -> list[W]:
         """Take out those that wait longest among the fitting ones, until they want `n_jobs`."""
+        offers = self._waiting[slot]
+        # A dict keeps the order in which they were parked; one that was woken in vain and parked again kept its number.
+        heads = [(next(iter(queue)), n, offer) for n, (offer, queue) in enumerate(offers.items()) if fits(offer)]
+        heapq.heapify(heads)
         woken: list[W] = []
-        fitting = [offer for offer in self._waiting[slot] if fits(offer)]
-        while n_jobs > 0:
-            oldest = self._oldest(slot, fitting)
-            if oldest is None:
-                break
+        while n_jobs > 0 and heads:
+            arrived, n, offer = heads[0]
+            oldest = offers[offer][arrived]
             self.leave(oldest)
             woken.append(oldest)
             n_jobs -= oldest.n_jobs
+            left = offers.get(offer)
+            if left:
+                heapq.heapreplace(heads, (next(iter(left)), n, offer))
+            else:
+                heapq.heappop(heads)
         return woken
 
     def offers(self) -> list[tuple[int, Offer]]:
@@ -89,9 +104,3 @@ class Parking(Generic[W]):
         self._waiting.clear()
         self._n_waiting = 0
         return list(all_of_them.values())
-
-    def _oldest(self, slot: int, offers: Iterable[Offer]) -> W | None:
-        queues = (self._waiting[slot].get(offer) for offer in offers)
-        # A dict keeps the order of arrival, but one that was woken in vain and parked again has kept its number.
-        heads = (next(iter(queue.values())) for queue in queues if queue)
-        return min(heads, key=lambda waiter: waiter.arrived, default=None)

@@ -1,4 +1,4 @@
-"""Reads: one job whole, pages of jobs, counts from the tallies."""
+"""Reads: one job whole, rows of jobs, counts from the tallies."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -7,16 +7,15 @@ import msgspec
 
 from culm import access
 from culm.errors import ClientFault
-from culm.ids import MAX_JOB_ID, id_range, slot_of
+from culm.ids import slot_of
 from culm.states import Event, State
-from culm.topology import Topology, authority_of_slot, slot_block
+from culm.topology import Topology, authority_of_slot
 from culm.wire import (
     AttemptReport,
     ErrorCount,
     JobError,
     JobEvent,
     JobRow,
-    JobsAnswer,
     JobSpec,
     JobView,
     ReportRequest,
@@ -27,7 +26,6 @@ from culm.wire import (
     ShardErrors,
     ShardErrorsAnswer,
     ShardJob,
-    ShardJobs,
     SlotCount,
 )
 from shard.archive import ArchivedJob, find_archived
@@ -39,10 +37,6 @@ _MICROSECONDS: Final = 1_000_000
 MAX_OWNERS: Final = 200
 MAX_ERRORS: Final = 1000
 _HOUR_S: Final = 3600
-MAX_EXAMINED: Final = 5000
-"""Rows that one list may look at in a shard."""
-MAX_RANGES: Final = 8
-"""Slots that are looked at one by one; more are one range."""
 MAX_EVENTS: Final = 1000
 MAX_REPORTS: Final = 50
 """The newest of each: a job may have been given back many times, and the answer must fit into a frame."""
@@ -114,37 +108,8 @@ def _view(
     )
 
 
-async def list_jobs(database: Database, topology: Topology, call: ShardJobs) -> JobsAnswer:
-    """A page of jobs by id; only what the caller may see.
-
-    However many jobs the filters leave out, `MAX_EXAMINED` rows are looked at: the page may be short, or empty, and
-    `next` says where to go on. Raises ClientFault(forbidden), Unavailable.
-    """
-    access.require_role(call.principal, "user", "admin")
-    query = call.query
-    found: list[int] = []
-    following: int | None = None
-    for statements, key, first, last in _ranges(call):
-        stops = [await _fetch(database, stop, *key, first, last, MAX_EXAMINED - 1) for stop, _ in statements]
-        until = min((stop[0][0] for stop in stops if stop), default=last)
-        wanted = query.limit + 1 - len(found)
-        ids: set[int] = set()
-        for _, listed in statements:
-            rows = await _fetch(database, listed, *key, first, until, *_filters(call), wanted)
-            ids.update(row[0] for row in rows)
-        found += sorted(ids)[:wanted]
-        if len(found) > query.limit:
-            found.pop()
-            following = found[-1]
-            break
-        if any(stops):
-            following = until
-            break
-    return JobsAnswer(jobs=await _rows_of(database, topology, found), next=following)
-
-
-async def _rows_of(database: Database, topology: Topology, ids: Sequence[int]) -> list[JobRow]:
-    """In the order of the id, from wherever each is now."""
+async def rows_of(database: Database, topology: Topology, ids: Sequence[int]) -> list[JobRow]:
+    """In the order of the ids, from wherever each is now. Raises Unavailable."""
     if not ids:
         return []
     rows: dict[int, Sequence[Any]] = {row[0]: row for row in await _fetch(database, "read_job", tuple(ids))}
@@ -157,48 +122,6 @@ async def _rows_of(database: Database, topology: Topology, ids: Sequence[int]) -
 
 async def _fetch(database: Database, name: str, *arguments: object) -> list[Row]:
     return await database.run("user", lambda tx: tx.fetch(name, *arguments))
-
-
-_Statements = tuple[tuple[str, str], tuple[str, str]]
-"""Of the hot table and of the archive: the one that finds the last row to look at, the one that lists."""
-_BY_ID: Final[_Statements] = (("stop_by_id", "list_by_id"), ("stop_archived_by_id", "list_archived_by_id"))
-_BY_OWNER: Final[_Statements] = (
-    ("stop_by_owner", "list_by_owner"),
-    ("stop_archived_by_owner", "list_archived_by_owner"),
-)
-_BY_JOBSET: Final[_Statements] = (
-    ("stop_by_jobset", "list_by_jobset"),
-    ("stop_archived_by_jobset", "list_archived_by_jobset"),
-)
-
-
-def _ranges(call: ShardJobs) -> list[tuple[_Statements, tuple[object, ...], int, int]]:
-    """The statements of the index to go by, its key, and the ids to look at, in their order."""
-    query = call.query
-    first, last = query.after + 1, MAX_JOB_ID
-    if query.jobset is not None:
-        return [(_BY_JOBSET, (query.jobset,), first, last)]
-    if query.owner:
-        return [(_BY_OWNER, (query.owner,), first, last)]
-    ranges = [id_range(slot) for slot in sorted(call.slots)] or [(first, last)]
-    if len(ranges) > MAX_RANGES:
-        ranges = [(ranges[0][0], ranges[-1][1])]
-    return [(_BY_ID, (), max(first, low), high) for low, high in ranges if high >= first]
-
-
-def _filters(call: ShardJobs) -> tuple[object, ...]:
-    """The arguments of every list: a switch before each value."""
-    query, who = call.query, call.principal
-    state, jobset = query.state or "", query.jobset
-    of_slots = (int(bool(call.slots)), tuple(call.slots) or (0,))
-    # The rule of access.may_read: no list shows what a read of the one would refuse.
-    is_user = int(who.role == "user")
-    of_admin = (1 - is_user, *slot_block(who.authority), f"{who.authority}:%")
-    return (
-        *of_slots,
-        *(state, state, query.owner, query.owner, int(jobset is not None), jobset or 0),
-        *(is_user, who.vo, *of_admin),
-    )
 
 
 async def read_errors(database: Database, shard: str, call: ShardErrors) -> ShardErrorsAnswer:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from prometheus_client import Counter
-
 from culm.clock import Clock, SystemClock
 from culm.errors import Unavailable
 from culm.ids import id_range, slot_of
@@ -19,6 +17,7 @@ from culm.wire import JobError, SlotRef
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 from shard.hints import ClassKey, Hint, Notices
+from shard.metrics import LEASES_EXPIRED, LEASES_STUCK
 from shard.ownership import Ownership
 from shard.terms import Terms
 from shard.transitions import Change, Job, apply, lock_jobs, lock_slots, lost
@@ -45,9 +44,7 @@ _ERRORS: Final = {
     State.TRANSFERRING: TRANSFER_TIMEOUT,
 }
 
-_EXPIRED: Final = Counter("culm_lease_expired_total", "Leases that ended by the database's clock", ["outcome"])
-
-_STUCK: Final = Counter("culm_stuck_leases_total", "Looks at a lease that could not be ended")
+_EXPIRED: Final = {event: LEASES_EXPIRED.labels(event) for event in (Event.EXPIRE, Event.LOSE, Event.CANCEL)}
 
 log = logging.getLogger("shard.reaper")
 
@@ -104,7 +101,7 @@ class Reaper:
         while ids and not self.waits:
             hints, changes = await self._ended(ids)
             for change in changes:
-                _EXPIRED.labels(change.event).inc()
+                _EXPIRED[change.event].inc()
             await self._notices.announce(hints)
             n_ended += len(changes)
             if len(changes) < BATCH:
@@ -132,7 +129,7 @@ class Reaper:
             except Unavailable as error:
                 if error.code != CONTENDED:
                     raise
-                _STUCK.inc()
+                LEASES_STUCK.inc()
                 log.warning("the lease of job %d cannot be ended; do its rows fit together? (culm audit)", identifier)
                 continue
             hints += some

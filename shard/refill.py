@@ -19,7 +19,7 @@ from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
 from shard.dispatch_queue import DispatchQueue, QueueLostError
 from shard.hints import ClassKey, Hint
-from shard.shelf import Shelf
+from shard.shelf import Shelf, read_claimed
 
 SWEPT_PER_TURN = 50
 CLASSES_PER_STATEMENT = 100
@@ -209,12 +209,8 @@ class Refill:
         lacking = self.shelf.lacks(hint.id for hint in hints)
         for start in range(0, len(lacking), READ_AHEAD):
             some = tuple(lacking[start : start + READ_AHEAD])
-            rows = await self._database.run("read", partial(_read_claimed, ids=some))
+            rows = await self._database.run("read", partial(read_claimed, ids=some))
             self.shelf.put(rows)
-
-
-async def _read_claimed(tx: Transaction, ids: tuple[int, ...]) -> Sequence[Row]:
-    return await tx.fetch("read_claimed", ids)
 
 
 async def _read_classes(tx: Transaction, keys: Sequence[ClassKey]) -> Sequence[Row]:

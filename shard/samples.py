@@ -6,19 +6,16 @@ Final states are counted with the archive, so that what moves there does not loo
 from collections import Counter
 from typing import Final
 
-from prometheus_client import Counter as Metric
-
 from culm.states import State
 from culm.wire import ShardPileUps
 from shard.database import Database, Transaction
 from shard.driver import DuplicateKeyError
 from shard.growth import Level, Window
+from shard.metrics import SAMPLES_TAKEN
 
 HOUR_S: Final = 3600
 ROWS_PER_STATEMENT: Final = 500
 _MICROSECONDS: Final = 1_000_000
-
-_TAKEN: Final = Metric("culm_tally_samples_total", "Hours whose tallies were sampled")
 
 
 class Samples:
@@ -94,4 +91,4 @@ class Samples:
         except DuplicateKeyError:
             # The shard was restarted in this hour.
             return
-        _TAKEN.inc()
+        SAMPLES_TAKEN.inc()

@@ -7,19 +7,23 @@ while there is room.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
-from prometheus_client import Counter, Gauge
-
-Row = tuple[Any, ...]
+from shard.database import Row, Transaction
+from shard.metrics import SHELF_BYTES, SHELF_TAKEN
 
 ROW_BYTES: Final = 1500
-"""About what a row costs beside its payload: seventeen Python values and their container."""
+"""About what a row costs beside its payload: eighteen Python values and their container."""
+INLINE_BYTES: Final = 64 << 10
+"""A larger payload is not in its row: a look at many jobs must not read megabytes of each."""
 _SPEC: Final = 16
 
-_TAKEN: Final = Counter("culm_shelf_taken_total", "Ready jobs that a claim looked for on the shelf", ["found"])
-_BYTES: Final = Gauge("culm_shelf_bytes", "What the shelf holds, about")
-_FOUND, _MISSED = _TAKEN.labels("yes"), _TAKEN.labels("no")
+_FOUND, _MISSED = SHELF_TAKEN.labels("yes"), SHELF_TAKEN.labels("no")
+
+
+async def read_claimed(tx: Transaction, ids: Sequence[int]) -> Sequence[Row]:
+    """What a claim needs to know of jobs: a `Job` without its jobset and VO, these, the payload or None, its bytes."""
+    return await tx.fetch("read_claimed", INLINE_BYTES, tuple(ids))
 
 
 class Shelf:
@@ -41,7 +45,7 @@ class Shelf:
             self._n_bytes += _size(row)
         while self._n_bytes > self._max_bytes and self._rows:
             self._n_bytes -= _size(self._rows.popitem(last=False)[1])
-        _BYTES.set(self._n_bytes)
+        SHELF_BYTES.set(self._n_bytes)
 
     def put_if_room(self, rows: Sequence[Row]) -> None:
         """Keep these as far as nothing else must go for them."""
@@ -76,4 +80,4 @@ class Shelf:
 
 
 def _size(row: Row) -> int:
-    return ROW_BYTES + len(row[_SPEC])
+    return ROW_BYTES + len(row[_SPEC] or b"")

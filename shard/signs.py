@@ -8,6 +8,7 @@ another's. Invariants I4 and I5 are kept by the same locks and rules as there.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -15,25 +16,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from prometheus_client import Counter, Gauge
-
 from culm.errors import CulmError, Unavailable
 from culm.states import LEASED, PILOT_EVENTS, TRANSITIONS, Event, State
+from culm.telemetry import SHED
 from culm.wire import HeartbeatAnswer, ReportAnswer, ShardHeartbeat, ShardReport
 from shard.database import Database, Step, Transaction, for_rows
 from shard.driver import DuplicateKeyError
 from shard.hints import Hint, Notices
-from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, Lifecycle, holds
+from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, REPORTED, Lifecycle, holds
+from shard.metrics import SIGN_BATCHES, SIGNS_PENDING
 from shard.ownership import Ownership
-from shard.transitions import Change, Job, Lease, happenings, job_of, writes
+from shard.transitions import Change, Job, Lease, job_of, note, writes
 
 N_WORKERS: Final = 2
 MAX_BATCH: Final = 128
 MAX_PENDING: Final = 20_000
+MAX_PER_JOB: Final = 16
+"""Words about one job that wait for the one before: a pilot has one under way, a second after a lost answer."""
 STOP_S: Final = 10.0
 
-_BATCHES: Final = Counter("culm_sign_batches_total", "Transactions of heartbeats and reports")
-_PENDING: Final = Gauge("culm_pending_signs", "Heartbeats and reports that wait for a transaction")
+_FULL: Final = SHED.labels("signs")
 
 log = logging.getLogger("shard.signs")
 
@@ -70,8 +72,9 @@ class Signs:
         self._arrived = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._singles: set[asyncio.Task[None]] = set()
-        self._under_way: set[int] = set()
-        """Jobs about which a word is being said: the next one about them waits, for words keep their order."""
+        self._behind: dict[int, deque[_Sign]] = {}
+        """By job about which a word is pending or being said, those that wait for its end: words keep their order."""
+        self._n_behind = 0
         self._stopping = False
 
     def start(self) -> None:
@@ -88,28 +91,39 @@ class Signs:
             for worker in late:
                 worker.cancel()
         await asyncio.gather(*self._workers, *self._singles, return_exceptions=True)
-        for sign in self._pending:
+        for sign in itertools.chain(self._pending, *self._behind.values()):
             _refuse(sign, Unavailable("stopping", "the shard is stopping"))
 
     def begin(self, call: Call) -> "asyncio.Future[Answer] | None":
         """Take on a heartbeat or a pilot's report; None for what is not plain at first sight.
 
-        It is done even if the future is cancelled: the pilot has said it. Raises Unavailable(overloaded, stopping).
+        A report is done even if the future is cancelled: the pilot has said it.
+        Raises Unavailable(overloaded, stopping).
         """
         request = call.request
         if isinstance(call, ShardHeartbeat):
             plain = request.state in HEARTBEAT_STATES
         else:
-            plain = call.request.event is None and request.state in PILOT_EVENTS and bool(request.lease_token)
+            plain = call.request.event is None and request.state in REPORTED and bool(request.lease_token)
         if not plain or not self._workers or not self._ownership.holds([call.at]):
             return None
         if self._stopping:
             raise Unavailable("stopping", "the shard is stopping")
-        if len(self._pending) >= MAX_PENDING:
+        if len(self._pending) + self._n_behind >= MAX_PENDING:
+            _FULL.inc()
             raise Unavailable("overloaded", "too many heartbeats and reports are waiting")
         sign = _Sign(call, asyncio.get_running_loop().create_future())
-        self._pending.append(sign)
-        self._arrived.set()
+        behind = self._behind.get(request.id)
+        if behind is None:
+            self._behind[request.id] = deque()
+            self._pending.append(sign)
+            self._arrived.set()
+        elif len(behind) >= MAX_PER_JOB:
+            _FULL.inc()
+            raise Unavailable("overloaded", f"too many heartbeats and reports of job {request.id} are waiting")
+        else:
+            behind.append(sign)
+            self._n_behind += 1
         return sign.answer
 
     async def _work(self) -> None:
@@ -120,28 +134,25 @@ class Signs:
                 await self._serve(batch)
 
     def _next_batch(self) -> list[_Sign]:
-        """At most one word about each job, and none while another one about it is under way."""
-        batch: dict[int, _Sign] = {}
-        later: list[_Sign] = []
-        while self._pending and len(batch) + len(later) < MAX_BATCH:
+        """Words about different jobs, for of each at most one is pending. Who sent a heartbeat and went is left out."""
+        batch: list[_Sign] = []
+        while self._pending and len(batch) < MAX_BATCH:
             sign = self._pending.popleft()
-            identifier = sign.call.request.id
-            if identifier in self._under_way or batch.setdefault(identifier, sign) is not sign:
-                later.append(sign)
-        self._pending.extendleft(reversed(later))
-        self._under_way.update(batch)
-        # Who waits for another one's end is looked at again when that comes.
-        if not batch or not self._pending:
+            if sign.answer.cancelled() and isinstance(sign.call, ShardHeartbeat):
+                self._said(sign)
+            else:
+                batch.append(sign)
+        if not self._pending:
             self._arrived.clear()
-        _PENDING.set(len(self._pending))
-        return list(batch.values())
+        SIGNS_PENDING.set(len(self._pending) + self._n_behind)
+        return batch
 
     async def _serve(self, batch: list[_Sign]) -> None:
         """One transaction for all that is plain; a failure is answered to each, and never ends the worker."""
         answers: dict[_Sign, Answer] = {}
         try:
             answers, hints = await self._database.run("write", partial(self._apply, batch=batch))
-            _BATCHES.inc()
+            SIGN_BATCHES.inc()
             await self._notices.announce(hints)
         except (CulmError, DuplicateKeyError) as error:
             # Each for itself finds out whose fault it is, and the others are none the worse for it.
@@ -179,7 +190,13 @@ class Signs:
             self._said(sign)
 
     def _said(self, sign: _Sign) -> None:
-        self._under_way.discard(sign.call.request.id)
+        """The next word about its job has its turn."""
+        behind = self._behind[sign.call.request.id]
+        if behind:
+            self._n_behind -= 1
+            self._pending.append(behind.popleft())
+        else:
+            del self._behind[sign.call.request.id]
         if self._pending or self._stopping:
             self._arrived.set()
 
@@ -205,7 +222,7 @@ class Signs:
         if plan.reports:
             steps.append(for_rows("insert_reports", plan.reports))
         await tx.together(steps)
-        tx.happened += happenings(plan.changes)
+        note(tx, plan.changes)
         return plan.answers, [change.job.hint for change in plan.changes if change.target is State.ACTIVATED]
 
     def _plan(
@@ -248,6 +265,8 @@ class Signs:
         event = PILOT_EVENTS[call.request.state]
         if event is Event.RELEASE and job.cancel_requested:
             event = Event.CANCEL
+        if event is Event.RELEASE and not self._lifecycle.is_free(job):
+            return
         change, request = self._lifecycle.reported(call, job, event)
         plan.changes.append(change)
         if change.target not in LEASED:

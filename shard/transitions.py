@@ -147,7 +147,7 @@ async def apply(tx: Transaction, changes: Sequence[Change]) -> list[Hint]:
         return []
     steps = writes(changes, tx.writer)
     await tx.together(steps)
-    tx.happened += happenings(changes)
+    note(tx, changes)
     return [change.job.hint for change in changes if change.target is State.ACTIVATED]
 
 
@@ -166,9 +166,10 @@ def writes(changes: Sequence[Change], writer: int, leases: Sequence[tuple[object
     return [*_narrow(changes), *granted, *_change(changes), _events(changes), *_counts(changes, writer)]
 
 
-def happenings(changes: Sequence[Change]) -> list[Happening]:
-    """What those who follow live are told of them."""
-    return [_happening(change) for change in changes]
+def note(tx: Transaction, changes: Sequence[Change]) -> None:
+    """What is told of them, to those who follow live and in the metrics, when the transaction is committed."""
+    tx.happened += [_happening(change) for change in changes]
+    tx.failed += [change.error for change in changes if change.target is State.FAILED]
 
 
 async def add_to_tallies(tx: Transaction, tally: Counter[Counted], owners: Counter[str]) -> None:

@@ -9,12 +9,13 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from culm import access, telemetry
+from culm import access, get_job_times, telemetry
 from culm.errors import ClientFault, CulmError
 from culm.link import Begun
 from culm.topology import Topology
 from culm.wire import (
     ExportAnswer,
+    GetJobAnswer,
     ShardArchive,
     ShardArchiveAnswer,
     ShardCancel,
@@ -36,7 +37,7 @@ from culm.wire import (
     ShardSiteWhy,
     ShardSubmit,
 )
-from shard import reads
+from shard import lists, reads
 from shard.archive import Archive
 from shard.askers import WINDOW_S, Askers
 from shard.database import Database
@@ -52,7 +53,7 @@ M = TypeVar("M", bound=msgspec.Struct)
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _GET_JOB: Final = msgspec.msgpack.Decoder(ShardGetJob)
-_OK: Final = {verb: telemetry.REQUESTS.labels(verb, "ok") for verb in ("get_job", "heartbeat", "report")}
+_OK: Final = {verb: telemetry.REQUESTS.labels(verb, "ok") for verb in ("heartbeat", "report")}
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class Verbs:
         topology, database = cases.topology, cases.database
         self._table: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any], Awaitable[msgspec.Struct]]]] = {
             "submit": _entry(ShardSubmit, cases.intake.submit),
-            "get_job": (_GET_JOB, cases.dispatcher.get_job),
+            "get_job": (_GET_JOB, self._get_job),
             "heartbeat": _entry(ShardHeartbeat, cases.lifecycle.heartbeat),
             "report": _entry(ShardReport, cases.lifecycle.report),
             "cancel": _entry(ShardCancel, cases.lifecycle.cancel),
             "release": _entry(ShardRelease, self._release),
             "job": _entry(ShardJob, lambda call: reads.read_job(database, topology(), call)),
-            "jobs": _entry(ShardJobs, lambda call: reads.list_jobs(database, topology(), call)),
+            "jobs": _entry(ShardJobs, lambda call: lists.list_jobs(database, topology(), call)),
             "why": _entry(ShardJob, lambda call: cases.why.job(topology(), call)),
             "site_why": _entry(ShardSiteWhy, lambda call: cases.why.site(topology(), call)),
             "archive": _entry(ShardArchive, self._archive),
@@ -124,9 +125,10 @@ class Verbs:
             outcome = error.code
             raise
         finally:
-            telemetry.REQUESTS.labels(verb if verb in self._table else "unknown", outcome).observe(
-                time.perf_counter() - started
-            )
+            if verb != "get_job" or outcome != "ok":
+                telemetry.REQUESTS.labels(verb if verb in self._table else "unknown", outcome).observe(
+                    time.perf_counter() - started
+                )
 
     def begin(self, verb: str, body: bytes) -> Begun | None:
         """What pilots say all day, without a task; None for a call that has more to wait for. Raises CulmError."""
@@ -139,14 +141,30 @@ class Verbs:
             call = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        future = begin(call)
-        return None if future is None else (future, partial(_finish, verb, started))
+        waits = call.wait_s > 0 if isinstance(call, ShardGetJob) else None
+        try:
+            future = begin(call)
+        except CulmError as error:
+            _refused(verb, waits, started, error)
+            raise
+        return None if future is None else (future, partial(_finish, verb, waits, started))
 
     def undelivered(self, verb: str, body: bytes, _answer: bytes) -> None:
         """An answer that could not be sent: a get_job's jobs go back."""
         if verb == "get_job":
             call = _GET_JOB.decode(body)
             self._cases.dispatcher.hand_back(call.subject, call.request_id)
+
+    async def _get_job(self, call: ShardGetJob) -> GetJobAnswer:
+        started = time.perf_counter()
+        try:
+            answer = await self._cases.dispatcher.get_job(call)
+        except CulmError as error:
+            get_job_times.refused(time.perf_counter() - started, error, waits=call.wait_s > 0)
+            raise
+        elapsed_s = time.perf_counter() - started
+        get_job_times.answered(elapsed_s, waits=call.wait_s > 0, has_jobs=bool(answer.jobs))
+        return answer
 
     async def _archive(self, call: ShardArchive) -> ShardArchiveAnswer:
         access.require_role(call.principal, "admin")
@@ -168,18 +186,31 @@ class Verbs:
         return ExportAnswer(jobs=reads.exported(self._cases.topology(), jobs), next=following)
 
     async def _release(self, call: ShardRelease) -> ShardReleaseAnswer:
-        n_jobs = await self._cases.lifecycle.release_request(call.subject, call.request_id)
-        return ShardReleaseAnswer(n_jobs=n_jobs)
+        # By way of the dispatcher: a repeat of that request, by way of another router, must wait for its end.
+        return ShardReleaseAnswer(n_jobs=await self._cases.dispatcher.hand_back(call.subject, call.request_id))
 
 
-def _finish(verb: str, started: float, future: "asyncio.Future[msgspec.Struct]") -> bytes:
+def _finish(verb: str, waits: bool | None, started: float, future: "asyncio.Future[msgspec.Struct]") -> bytes:
+    """`waits` is None of all but a get_job."""
     try:
-        answer = _ENCODER.encode(future.result())
+        answer = future.result()
     except CulmError as error:
-        telemetry.REQUESTS.labels(verb, error.code).observe(time.perf_counter() - started)
+        _refused(verb, waits, started, error)
         raise
-    _OK[verb].observe(time.perf_counter() - started)
-    return answer
+    body = _ENCODER.encode(answer)
+    elapsed_s = time.perf_counter() - started
+    if isinstance(answer, GetJobAnswer):
+        get_job_times.answered(elapsed_s, waits=bool(waits), has_jobs=bool(answer.jobs))
+    else:
+        _OK[verb].observe(elapsed_s)
+    return body
+
+
+def _refused(verb: str, waits: bool | None, started: float, error: CulmError) -> None:
+    elapsed_s = time.perf_counter() - started
+    telemetry.REQUESTS.labels(verb, error.code).observe(elapsed_s)
+    if waits is not None:
+        get_job_times.refused(elapsed_s, error, waits=waits)
 
 
 def _entry(

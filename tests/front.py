@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 from yarl import URL
 
+from culm import telemetry
 from culm.client import Client
 from culm.https import Https
 from culm.link import LinkOptions
@@ -136,6 +137,7 @@ async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[Runni
         door.bound(options.host, port),
         options.max_connections,
         https.context,
+        shed=telemetry.SHED.labels("connections").inc,
     )
     try:
         await eventually(lambda: all(link.connected for link in links._links.values()), CONNECT_S, what="linked")

@@ -185,12 +185,12 @@ class Partition:
         finally:
             connection.close()
 
-    async def rows(self, text: str) -> list[tuple[Any, ...]]:
+    async def rows(self, text: str, *arguments: object) -> list[tuple[Any, ...]]:
         """Look into the database behind the shard's back."""
         connection = await connect(self.settings.database, autocommit=True)
         try:
             async with connection.cursor() as cursor:
-                await cursor.execute(text)
+                await cursor.execute(text, arguments or None)
                 return list(await cursor.fetchall())
         finally:
             connection.close()

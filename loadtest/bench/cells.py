@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
 from culm.client import Client
 from culm.wire import GetJobAnswer, HeartbeatRequest, ReportRequest, SubmitRequest
-from loadtest.bench import rig
+from loadtest.bench import rig, scale
+from loadtest.bench.backlog import fill
+from loadtest.bench.beds import Beds, Sizes
+from loadtest.bench.figures import GIVES
 from loadtest.bench.rig import Bed, Sample
-from loadtest.bench.rounds import Cell
+from loadtest.bench.rounds import Cell, Progress
 
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 _ANSWER: Final = msgspec.msgpack.Decoder(GetJobAnswer)
@@ -21,56 +23,10 @@ N_CLASSES: Final = 500
 N_OWNERS: Final = 1000
 
 
-class Beds(Protocol):
-    """What can be measured on; each is started when it is first asked for, and stays."""
-
-    async def ours(self) -> Bed:
-        """Router, one shard."""
-        ...
-
-    async def fresh(self, name: str) -> Bed:
-        """The same once more, without a history; it ends with its cell."""
-        ...
-
-    async def naive(self) -> Bed:
-        """The naive build, by its router."""
-        ...
-
-    async def naive_shard(self) -> Bed:
-        """The naive build's shard, asked directly."""
-        ...
-
-    async def echo(self) -> Bed:
-        """The echo, one process."""
-        ...
-
-    def user(self, bed: Bed, number: int) -> str:
-        """The token of one of many users."""
-        ...
-
-    async def flush(self, bed: Bed) -> None:
-        """Empty its dispatch queue."""
-        ...
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything; `quick` is for a look, not for a figure to be told."""
-
-    jobs: int = 8000
-    few: int = 2000
-    """Jobs of a variant that is slow."""
-    backlog: int = 1_000_000
-    churn: int = 1_000_000
-    parked: int = 10_000
-    huge: int = 10_000_000
-
-
-QUICK: Final = Sizes(jobs=3000, few=800, backlog=50_000, churn=20_000, parked=1000, huge=200_000)
-
-
-async def of(name: str, beds: Beds, sizes: Sizes) -> Cell:
+async def of(name: str, beds: Beds, sizes: Sizes, progress: Progress) -> Cell:
     """The cell of this name, with what it needs started."""
+    if name == "churn":
+        return await scale.churn(beds, sizes, progress)
     return await _CELLS[name](beds, sizes)
 
 
@@ -144,25 +100,13 @@ async def _backlog(beds: Beds, sizes: Sizes) -> Cell:
     """Two beds without a history: little waits in one queue of the one, much of the other."""
     little, much = await beds.fresh("little"), await beds.fresh("much")
     await rig.submit(little, [rig.spec()] * 1000)
-    await _fill(much, [rig.spec(argv=["true"])], sizes.backlog)
-    if await rig.waiting(much) != sizes.backlog:
-        raise rig.failed(f"not as many jobs wait as there should: {await rig.waiting(much)}")
+    await fill(much, [rig.spec(argv=["true"])], sizes.backlog)
     return Cell(
         "backlog",
         GIVES["backlog"],
         {"little": _fresh(little, sizes.few * 2, 64), "much": _fresh(much, sizes.few * 2, 64)},
         lambda samples: {"backlog_1e6": samples["much"].cpu_us / samples["little"].cpu_us},
     )
-
-
-async def _fill(bed: Bed, specs: Sequence[Any], n_jobs: int) -> None:
-    """Make very many jobs, which rank behind all others."""
-    n_calls = -(-n_jobs // rig.JOBS_PER_CALL)
-    low = [msgspec.structs.replace(spec, priority=1) for spec in specs]
-    async with Client(f"http://127.0.0.1:{bed.port}", bed.token("user"), patience_s=600.0) as client:
-        for number in range(n_calls):
-            some = [low[(number * rig.JOBS_PER_CALL + n) % len(low)] for n in range(rig.JOBS_PER_CALL)]
-            await client.submit(SubmitRequest(idempotency_key=secrets.token_hex(12), jobs=some))
 
 
 async def _classes(beds: Beds, sizes: Sizes) -> Cell:
@@ -335,18 +279,8 @@ _CELLS: Final[Mapping[str, Callable[[Beds, Sizes], Awaitable[Cell]]]] = {
     "bulk": _bulk,
     "classes": _classes,
     "backlog": _backlog,
+    "backlog_queues": scale.backlog_queues,
+    "shards": scale.shards,
+    "parked": scale.parked_pilots,
+    "backlog_huge": scale.backlog_huge,
 }
-GIVES: Final[Mapping[str, tuple[str, ...]]] = {
-    "echo64": ("cpu_vs_echo_c64", "commits_per_job_c64"),
-    "echo256": ("cpu_vs_echo_c256",),
-    "naive64": ("cpu_vs_naive_c64", "rate_vs_naive_c64"),
-    "naive8": ("cpu_vs_naive_c8", "p50_vs_shard_c8"),
-    "empty": ("empty_vs_hit",),
-    "drain": ("false_empties",),
-    "cycle": ("cycle_vs_get",),
-    "submit": ("submit_cpu_us",),
-    "bulk": ("bulk_100",),
-    "classes": ("classes_500",),
-    "backlog": ("backlog_1e6",),
-}
-"""The figures of each cell, in the order in which they are run: those that leave much behind come last."""

@@ -44,3 +44,12 @@ def machine_seconds() -> float:
 def of_all(pids: Mapping[str, int]) -> dict[str, float]:
     """The same by name. Raises ProcessLookupError."""
     return {name: seconds(pid) for name, pid in pids.items()}
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory of a process that is in the machine's. Raises ProcessLookupError."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:
+        raise ProcessLookupError(f"process {pid} is gone") from None
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,5 +1,6 @@
 """What `culm bench` tells: each figure by its id, what it means and what it is to be."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,3 +43,24 @@ _ALL: Final = (
     Figure("backlog_1e7", "CPU of a getJob at 10^7 waiting jobs against 10^5", 1.3),
 )
 FIGURES: Final = {figure.id: figure for figure in _ALL}
+GIVES: Final[Mapping[str, tuple[str, ...]]] = {
+    "echo64": ("cpu_vs_echo_c64", "commits_per_job_c64"),
+    "echo256": ("cpu_vs_echo_c256",),
+    "naive64": ("cpu_vs_naive_c64", "rate_vs_naive_c64"),
+    "naive8": ("cpu_vs_naive_c8", "p50_vs_shard_c8"),
+    "empty": ("empty_vs_hit",),
+    "drain": ("false_empties",),
+    "cycle": ("cycle_vs_get",),
+    "submit": ("submit_cpu_us",),
+    "bulk": ("bulk_100",),
+    "classes": ("classes_500",),
+    "backlog": ("backlog_1e6",),
+    "backlog_queues": ("backlog_1e6_queues",),
+    "shards": ("shards_4_vs_1",),
+    "parked": ("parked_kb", "wake_ms"),
+    "churn": ("churn_1m",),
+    "backlog_huge": ("backlog_1e7",),
+}
+"""The figures of each cell, in the order in which they are run: those that leave much behind come last."""
+LONG: Final = frozenset({"churn_1m", "backlog_1e7"})
+"""These take from a quarter of an hour to an hour, and gigabytes: only where they are asked for."""

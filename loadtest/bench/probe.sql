@@ -19,3 +19,10 @@ SHOW GLOBAL STATUS LIKE 'Innodb_history_list_length'
 -- name: table_sizes
 SELECT table_name, data_length + index_length FROM information_schema.tables WHERE table_schema = DATABASE()
 ORDER BY 1
+
+-- A read that stays open: its level, its beginning.
+-- name: snapshot_level
+SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ
+
+-- name: snapshot
+START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY

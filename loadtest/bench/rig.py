@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -21,11 +22,14 @@ import msgspec
 
 from culm.client import Client
 from culm.errors import CulmError
+from culm.registry_wire import ChangedAnswer, SitesRequest
 from culm.settings import DatabaseSettings
+from culm.topology import Queue, SiteRegistration
 from culm.wire import GetJobAnswer, GetJobRequest, JobSpec, PilotInfo, SubmitRequest
 from loadtest.bench import cpu
 from loadtest.bench.traffic import Order, Result
 from shard.database import Database, Transaction
+from shard.driver import connect
 from shard.statements import parse
 
 PAYLOAD_BYTES: Final = 1300
@@ -34,6 +38,8 @@ PURGE_S: Final = 5.0
 """So long the database may take to clear up after a run."""
 LOOK_S: Final = 0.05
 HISTORY_AT_REST: Final = 50
+SETTLE_S: Final = 30.0
+QUIET_S: Final = 1.0
 SATURATED: Final = 0.85
 """Of one core: a client above it measures itself."""
 SITE: Final = "BNL"
@@ -111,8 +117,21 @@ async def submit(bed: Bed, specs: Sequence[JobSpec], role: str = "user") -> list
     return ids
 
 
+async def register(bed: Bed, sites: Sequence[str], region: str = "US") -> None:
+    """Register sites with a computing queue each, named after it, and wait until their jobs are taken."""
+    queue = Queue(memory_mb=4000, walltime_s=86_400, cores=8)
+    wanted = [SiteRegistration(name=site, region=region, queues={f"{site}-q": queue}) for site in sites]
+    url = f"http://127.0.0.1:{bed.port}"
+    async with Client(url, bed.token("admin")) as client:
+        await client.post("sites", SitesRequest(sites=wanted, reason="a benchmark"), ChangedAnswer)
+    async with Client(url, bed.token("pilot"), patience_s=SETTLE_S) as client:
+        for site in (sites[0], sites[-1]):
+            asked = msgspec.msgpack.decode(get_job(0, f"{site}-q"), type=GetJobRequest)
+            await client.get_job(asked)
+
+
 async def traffic(
-    bed: Bed, bodies: Sequence[bytes], n_clients: int, *, path: str = "get_job", role: str = "pilot"
+    bed: Bed, bodies: Sequence[bytes], n_clients: int, *, path: str = "get_job", role: str = "pilot", rate: float = 0.0
 ) -> Result:
     """Let clients loose in a process of their own. Raises CulmError(bench_failed) if they could not do their work."""
     order = Order(
@@ -123,6 +142,7 @@ async def traffic(
         content_type=MSGPACK,
         bodies=list(bodies),
         n_clients=n_clients,
+        rate=rate,
     )
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "result"
@@ -136,11 +156,18 @@ async def traffic(
 
 
 async def measure(
-    bed: Bed, bodies: Sequence[bytes], n_clients: int, *, n_jobs: int = 0, path: str = "get_job", role: str = "pilot"
+    bed: Bed,
+    bodies: Sequence[bytes],
+    n_clients: int,
+    *,
+    n_jobs: int = 0,
+    path: str = "get_job",
+    role: str = "pilot",
+    rate: float = 0.0,
 ) -> Sample:
     """Send all bodies; the figures per job, or per request where `n_jobs` is 0. Raises CulmError(bench_failed)."""
     commits, before = await _commits(bed), cpu.of_all(bed.pids)
-    result = await traffic(bed, bodies, n_clients, path=path, role=role)
+    result = await traffic(bed, bodies, n_clients, path=path, role=role, rate=rate)
     await _at_rest(bed)
     after = cpu.of_all(bed.pids)
     n = n_jobs or result.n_requests
@@ -212,6 +239,31 @@ async def table_sizes(bed: Bed) -> dict[str, int]:
 async def history(bed: Bed) -> int:
     """How many transactions' undo history waits for the purge, over all partitions."""
     return sum([int(row[1]) for database in bed.databases for row in await _probe(database, "history")])
+
+
+async def at_rest_cpu(bed: Bed) -> None:
+    """Wait until the router has nothing to do. Raises CulmError(bench_failed) where that never comes."""
+    for _ in range(int(SETTLE_S / QUIET_S)):
+        before = cpu.seconds(bed.pids["router"])
+        await asyncio.sleep(QUIET_S)
+        if cpu.seconds(bed.pids["router"]) - before < QUIET_S / 10:
+            return
+    raise failed("the router did not come to rest")
+
+
+@asynccontextmanager
+async def open_read(bed: Bed) -> AsyncIterator[None]:
+    """Hold a snapshot of every partition open, as a long report or a dump does: nothing that it sees is purged."""
+    async with AsyncExitStack() as stack:
+        for settings in bed.databases:
+            connection = await connect(settings, autocommit=False)
+            stack.callback(connection.close)
+            async with connection.cursor() as cursor:
+                await cursor.execute(_PROBE["snapshot_level"].head)
+                await cursor.execute(_PROBE["snapshot"].head)
+                await cursor.execute(_PROBE["waiting"].head)
+                await cursor.fetchall()
+        yield
 
 
 async def _at_rest(bed: Bed) -> None:

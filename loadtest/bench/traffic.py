@@ -32,6 +32,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     content_type: str
     bodies: list[bytes]
     n_clients: int
+    rate: float = 0.0
+    """Requests per second at most, all clients together; 0: as fast as they are answered."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +78,13 @@ class _Client(asyncio.Protocol):
 
     def ask(self) -> None:
         """Send the next request, or be done."""
+        pause_s = self._run.pause_s()
+        if pause_s > 0:
+            asyncio.get_running_loop().call_later(pause_s, self._send)
+        else:
+            self._send()
+
+    def _send(self) -> None:
         request = self._run.next_request()
         if request is None or self.transport is None:
             self._run.idle()
@@ -95,12 +104,22 @@ class _Run:
         ).encode()
         self._bodies = iter(order.bodies)
         self._n_idle = 0
+        self._rate = order.rate
+        self._began = time.perf_counter()
+        self._n_begun = 0
         self._n_clients = order.n_clients
         self._done = done
         self.n_lost = 0
         self.latencies: list[float] = []
         self.statuses: dict[int, int] = {}
         self.answers: list[bytes] = []
+
+    def pause_s(self) -> float:
+        """How long the next request has to wait for the rate to hold."""
+        if not self._rate:
+            return 0.0
+        self._n_begun += 1
+        return self._began + self._n_begun / self._rate - time.perf_counter()
 
     def next_request(self) -> bytes | None:
         body = next(self._bodies, None)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from culm.client import Client
 from culm.errors import ClientFault, Unavailable
+from culm.moments import moment
 from culm.states import FINAL, State
 from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest, SubmitWarning
 from ops.cli import exits
@@ -91,17 +92,24 @@ def _warn(warning: SubmitWarning, ids: list[int | None]) -> None:
 @click.option("--state", type=click.Choice([state.value for state in State]), default=None)
 @click.option("--owner", default="")
 @click.option("--jobset", type=int, default=None)
+@click.option("--since", default="", help="Submitted since: 15m, 2h, 3d (ago) or 2026-11-25T13:00 (UTC).")
+@click.option("--until", default="", help="Submitted before; written like --since.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
-@click.option("--after", type=int, default=0, help="The last id of the page before.")
+@click.option("--order", type=click.Choice(["newest", "id"]), default=None, help="[default: newest; of a jobset: id]")
+@click.option("--before", default="", help="In the order newest: where the page before ended.")
+@click.option("--after", type=int, default=0, help="In the order of the id: the last id of the page before.")
 def list_jobs(folder: Path, authority: str, output: str, state: str | None, **filters: Any) -> None:
-    """List jobs over all shards, in the order of the id; shards that gave no answer are named.
+    """List jobs over all shards, the newest first; shards that gave no answer are named.
 
     \b
     Examples:
       culm job list --state running --limit 20
-      culm job list --site BNL -o json
+      culm job list --site BNL --since 2h -o json
     """
-    query = JobsQuery(state=State(state) if state else None, **filters)
+    now = time.time()
+    span = {name: moment(filters[name], now) if filters[name] else None for name in ("since", "until")}
+    order = filters["order"] or ("id" if filters["after"] or filters["jobset"] is not None else "newest")
+    query = JobsQuery(state=State(state) if state else None, **(filters | span | {"order": order}))
 
     async def ask() -> Any:
         async with router(folder, authority=authority) as client:
@@ -117,6 +125,8 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
         console().print(_table(page.jobs))
     if page.next is not None:
         click.echo(f"more: --after {page.next}", err=True)
+    if page.before is not None:
+        click.echo(f"more: --before {page.before}", err=True)
     if page.missing_shards:
         click.echo(f"no answer from: {', '.join(page.missing_shards)}", err=True)
 
@@ -337,9 +347,14 @@ def kill(folder: Path, *, authority: str, output: str, jobset: int | None, ids: 
       culm job kill --jobset 204711
     """
 
-    async def ask() -> Any:
+    if bool(ids) == (jobset is not None):
+        raise ClientFault("bad_cancel", "exactly one is needed: ids or --jobset")
+
+    async def ask() -> CancelAnswer:
         async with router(folder, authority=authority) as client:
-            return await client.cancel(CancelRequest(ids=list(ids), jobset=jobset))
+            if jobset is not None:
+                return await client.cancel_jobset(jobset)
+            return await client.cancel(CancelRequest(ids=list(ids)))
 
     answer = asyncio.run(ask())
     if output == "json":
@@ -361,9 +376,8 @@ def _require_all_ended(answer: CancelAnswer, jobset: int | None) -> None:
     for outcome, status in (("forbidden", 403), ("not_found", 404)):
         ids = [str(one.id) for one in answer.jobs if one.outcome == outcome]
         if ids:
-            raise ClientFault(
-                outcome, f"{len(ids)} of {len(answer.jobs)} jobs: {', '.join(ids[:10])}", http_status=status
-            )
+            told = f"{len(ids)} of {len(answer.jobs)} jobs could not be ended: {', '.join(ids[:10])}"
+            raise ClientFault(outcome, told, http_status=status)
 
 
 def _table(rows: list[JobRow]) -> Table:

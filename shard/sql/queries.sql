@@ -77,9 +77,11 @@ SELECT DISTINCT slot, class_id FROM ready
 -- name: read_classes
 { UNION ALL |(SELECT slot, class_id, body FROM requirement_class WHERE slot = %s AND class_id = %s)}
 
+-- A large payload is left out: who grants the job reads it then (specs_of).
 -- name: read_claimed
 SELECT job.id, job.slot, job.class_id, job.state, job.version, job.attempt, job.lost, job.max_attempts, job.priority,
-    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo, spec.body
+    job.owner, job.cancel_requested, job.queue, job.pilot, job.host, job.jobset, job.vo,
+    IF(LENGTH(spec.body) <= %s, spec.body, NULL), LENGTH(spec.body)
 FROM job JOIN spec ON spec.id = job.id WHERE job.id IN %s
 
 -- name: insert_leases
@@ -110,13 +112,9 @@ SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', expires_at) FROM lease WHERE id 
 
 -- ---- bans
 
--- name: ready_of_owner
-SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id > %s AND state = 'activated'
-ORDER BY id LIMIT %s
-
--- name: held_of_owner
-SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id > %s AND state = 'pending'
-ORDER BY id LIMIT %s
+-- name: states_of_owner
+SELECT CAST(created_at AS CHAR), id, state FROM job FORCE INDEX (jobs_of_owner)
+WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id > %s) ORDER BY created_at, id LIMIT %s
 
 -- name: held_owners
 SELECT owner FROM held_owner
@@ -196,10 +194,16 @@ UPDATE lease FORCE INDEX (PRIMARY) SET expires_at = DATE_ADD(UTC_TIMESTAMP(6), I
 -- ---- report, release, reaper
 
 -- name: find_report
-SELECT token, state FROM report WHERE id = %s AND attempt = %s
+SELECT token, state, body FROM report WHERE id = %s AND attempt = %s
 
 -- name: find_event
 SELECT n FROM job_event WHERE id = %s AND event = %s LIMIT 1
+
+-- name: find_event_of_attempt
+SELECT n FROM job_event WHERE id = %s AND event = %s AND attempt = %s LIMIT 1
+
+-- name: count_events_of
+SELECT COUNT(*) FROM job_event WHERE id = %s AND event = %s AND detail LIKE %s
 
 -- name: insert_report
 INSERT INTO report (id, attempt, token, state, at, body) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), %s)
@@ -226,6 +230,11 @@ FOR UPDATE SKIP LOCKED
 -- name: stop_ready_by_id
 SELECT id FROM ready FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
+-- The ready job with the lowest number of each of several slots, and how long it has been ready.
+-- name: oldest_ready
+{ UNION ALL |(SELECT slot, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)) FROM ready FORCE INDEX (PRIMARY)
+    WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1)}
+
 -- name: old_ready
 SELECT id, TIMESTAMPDIFF(MICROSECOND, queued_at, UTC_TIMESTAMP(6)), class_id
 FROM ready FORCE INDEX (PRIMARY)
@@ -237,7 +246,8 @@ FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id
 
 -- name: jobs_of_jobset
-SELECT id FROM job WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMIT %s
+SELECT id, slot, state, owner, vo, working_group FROM job FORCE INDEX (jobs_of_jobset)
+WHERE jobset = %s AND id > %s AND slot IN %s ORDER BY id LIMIT %s
 
 -- ---- reads
 
@@ -265,35 +275,62 @@ ORDER BY attempt DESC LIMIT %s
 -- name: count_reports
 SELECT COUNT(*) FROM report WHERE id = %s
 
--- A page of a list, by the index that the query names best: first the id of the last row that may be looked at, then
--- the ids that the other filters leave up to there. Each filter is switched by its own argument.
+-- A page of a list, by the index that fits best: first the last row that may be looked at, then those that the other
+-- filters leave up to there. Each filter is switched by its own argument.
 -- name: stop_by_id
 SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
 -- name: list_by_id
-SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
-ORDER BY id LIMIT %s
-
--- name: stop_by_owner
-SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
-
--- name: list_by_owner
-SELECT id FROM job FORCE INDEX (jobs_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s
+SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
     AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
     AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: stop_by_jobset
-SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
-ORDER BY id LIMIT 1 OFFSET %s
+SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
 -- name: list_by_jobset
-SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
+SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
     AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
     AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
+
+-- The same, the newest first: from a position (created_at, id), which is left out, down to one, which is not.
+-- name: stop_newest
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_by_time)
+WHERE created_at >= %s AND created_at <= %s AND (created_at < %s OR id < %s)
+ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
+
+-- name: list_newest
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_by_time)
+WHERE created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY created_at DESC, id DESC LIMIT %s
+
+-- name: stop_newest_of_owner
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_owner)
+WHERE owner = %s AND created_at >= %s AND created_at <= %s AND (created_at < %s OR id < %s)
+ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
+
+-- name: list_newest_of_owner
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_owner)
+WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY created_at DESC, id DESC LIMIT %s
+
+-- name: stop_newest_of_slot
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_slot)
+WHERE slot = %s AND created_at >= %s AND created_at <= %s AND (created_at < %s OR id < %s)
+ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
+
+-- name: list_newest_of_slot
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_slot)
+WHERE slot = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
@@ -307,30 +344,56 @@ WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
 SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
 -- name: list_archived_by_id
-SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
-ORDER BY id LIMIT %s
-
--- name: stop_archived_by_owner
-SELECT id FROM archive_job FORCE INDEX (archived_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s
-ORDER BY id LIMIT 1 OFFSET %s
-
--- name: list_archived_by_owner
-SELECT id FROM archive_job FORCE INDEX (archived_of_owner) WHERE owner = %s AND id BETWEEN %s AND %s
+SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
     AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
     AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_jobset
-SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
-ORDER BY id LIMIT 1 OFFSET %s
+SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s ORDER BY id LIMIT 1 OFFSET %s
 
 -- name: list_archived_by_jobset
-SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s
+SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
     AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
     AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
+
+-- What ended before a time was made before it: its months are left out.
+-- name: stop_archived_newest
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_by_time)
+WHERE ended_at >= %s AND created_at >= %s AND created_at <= %s AND (created_at < %s OR id < %s)
+ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
+
+-- name: list_archived_newest
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_by_time)
+WHERE ended_at >= %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY created_at DESC, id DESC LIMIT %s
+
+-- name: stop_archived_newest_of_owner
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_owner)
+WHERE ended_at >= %s AND owner = %s AND created_at >= %s AND created_at <= %s AND (created_at < %s OR id < %s)
+ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
+
+-- name: list_archived_newest_of_owner
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_owner)
+WHERE ended_at >= %s AND owner = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY created_at DESC, id DESC LIMIT %s
+
+-- name: stop_archived_newest_of_slot
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_slot)
+WHERE ended_at >= %s AND slot = %s AND created_at >= %s AND created_at <= %s AND (created_at < %s OR id < %s)
+ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
+
+-- name: list_archived_newest_of_slot
+SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_slot)
+WHERE ended_at >= %s AND slot = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
+    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
+    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: archived_counts
 SELECT slot, state, vo, SUM(n) FROM archive_tally GROUP BY slot, state, vo
@@ -342,7 +405,7 @@ SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
 
 -- name: archived_from
-SELECT id, slot, state, owner, vo, jobset, depth, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
+SELECT id, slot, state, owner, vo, jobset, depth, created_at, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
 
 -- name: specs_of
 SELECT id, body FROM spec WHERE id IN %s
@@ -356,8 +419,8 @@ SELECT id, attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body, t
 ORDER BY id, attempt
 
 -- name: insert_archived
-INSERT INTO archive_job (id, ended_at, slot, state, owner, vo, jobset, depth, body)
-VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s)}
+INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
 
 -- name: add_to_archive_tally
 INSERT INTO archive_tally (month, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}

@@ -95,7 +95,19 @@ REPORT = wire.ReportRequest(
     stderr_tail="err",
     usage=USAGE,
 )
-QUERY = wire.JobsQuery(region="US", site="BNL", state=State.ACTIVATED, owner="alice", jobset=JOBSET, limit=50, after=ID)
+QUERY = wire.JobsQuery(
+    region="US",
+    site="BNL",
+    state=State.ACTIVATED,
+    owner="alice",
+    jobset=JOBSET,
+    limit=50,
+    after=ID,
+    order="newest",
+    before=f"1764000000000000.{ID}",
+    since=1764000000.5,
+    until=1764000001.5,
+)
 GRANT = wire.Grant(
     id=ID,
     attempt=2,
@@ -223,7 +235,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         jobs=[wire.CancelledJob(id=ID, outcome="requested", state=State.RUNNING)], missing_shards=["eu1"]
     ),
     wire.JobView(job=ROW, spec=SPEC, history=[EVENT], reports=[ATTEMPT]),
-    wire.JobsAnswer(jobs=[ROW], next=ID, missing_shards=["eu1"]),
+    wire.JobsAnswer(jobs=[ROW], next=ID, missing_shards=["eu1"], before=f"1764000000000000.{ID}"),
     wire.SlotJobs(at=AT, specs=[SPEC], offsets=[50]),
     wire.ShardSubmit(
         principal=PRINCIPAL,

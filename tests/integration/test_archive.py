@@ -104,7 +104,7 @@ async def test_lists_go_over_both_in_the_order_of_the_id(
     ids += await shard.submit(*[job()] * 3)
     assert await shard.rows("SELECT COUNT(*) FROM job") == [(15,)]
     for examined, limit in ((5000, 1000), (5000, 4), (5, 1000), (3, 2)):
-        monkeypatch.setattr("shard.reads.MAX_EXAMINED", examined)
+        monkeypatch.setattr("shard.lists.MAX_EXAMINED", examined)
         found: list[int] = []
         after = 0
         while True:
@@ -115,7 +115,7 @@ async def test_lists_go_over_both_in_the_order_of_the_id(
             assert page.next > after
             after = page.next
         assert found == sorted(ids)
-    monkeypatch.setattr("shard.reads.MAX_EXAMINED", 5000)
+    monkeypatch.setattr("shard.lists.MAX_EXAMINED", 5000)
     assert [row.id for row in (await shard.jobs(state=State.ACTIVATED)).jobs] == ids[-3:]
 
 

@@ -7,10 +7,13 @@ import pytest
 
 from culm import topology_store
 from culm.client import Client
-from culm.errors import ClientFault
+from culm.errors import ClientFault, Unavailable
 from culm.registry_wire import BanRequest, ChangedAnswer, TopologyAnswer
 from culm.states import State
+from culm.topology import Section
 from culm.wire import GetJobRequest, JobSpec, PilotInfo, SubmitRequest
+from shard.bans import Bans
+from shard.ownership import Ownership
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, QUEUE, USER, Partition
 from tests.waiting import eventually
@@ -127,3 +130,80 @@ async def test_only_an_admin_bans_and_only_an_account(shard: Partition) -> None:
         assert section.banned == {"central:bob": "r"}
         # Read again as it was written.
         assert msgspec.json.decode(msgspec.json.encode(section), type=type(section)) == section
+
+
+async def test_a_ban_holds_in_the_slots_of_its_authority_and_is_lifted_there(shard: Partition) -> None:
+    """CERN bans her too, for its own slots: that says nothing about her jobs in the centre's."""
+    async with front(shard) as router, router.client(USER) as ann, router.client(PILOT) as pilot:
+        hers = await submit(ann, 2)
+        await ban(router, "central:ann")
+
+        async def held() -> bool:
+            return [await shard.state(identifier) for identifier in hers] == [State.PENDING] * 2
+
+        await eventually(held, DEADLINE_S, what="they are held back")
+        topology_store.create(
+            router.folder / "topology", Section(authority="CERN", epoch=1, banned={"central:ann": ""})
+        )
+        await ban(router, "central:ann", banned=False)
+        for identifier in hers:
+
+            async def runs(identifier: int = identifier) -> bool:
+                return await take(pilot) == [identifier]
+
+            await eventually(runs, DEADLINE_S, what="it runs")
+        assert await shard.rows("SELECT owner FROM held_owner") == []
+
+
+async def test_held_jobs_of_a_slot_that_is_not_open_here_are_not_forgotten(shard: Partition) -> None:
+    async with front(shard) as router, router.client(USER) as ann, router.client(PILOT) as pilot:
+        [one] = await submit(ann)
+        await ban(router, "central:ann")
+
+        async def held() -> bool:
+            return await shard.state(one) is State.PENDING
+
+        await eventually(held, DEADLINE_S, what="it is held back")
+        bans, ownership = shard.shard.bans, shard.shard.ownership
+        bans._ownership = Ownership("us1", shard.shard.database, lambda: shard.shard.topology.current)
+        await ban(router, "central:ann", banned=False)
+        bans._next_look = 0.0
+        await bans.turn()
+        assert await shard.rows("SELECT owner FROM held_owner") == [("central:ann",)]
+        assert await shard.state(one) is State.PENDING
+        bans._ownership = ownership
+
+        async def runs() -> bool:
+            bans._next_look = 0.0
+            return await take(pilot) == [one]
+
+        await eventually(runs, DEADLINE_S, what="it runs")
+
+
+async def test_many_jobs_are_gone_through_in_steps_and_one_owner_keeps_no_other_from_being_banned(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shard.bans.EXAMINED", 3)
+    monkeypatch.setattr("shard.bans.BATCH", 2)
+    look_at = Bans._look_at
+
+    async def fails(bans: Bans, owner: str, *, held: bool) -> None:
+        if owner == "central:amy":
+            raise Unavailable("database_slow", "too slow")
+        await look_at(bans, owner, held=held)
+
+    monkeypatch.setattr(Bans, "_look_at", fails)
+    async with front(shard) as router, router.client(USER) as ann:
+        hers = await submit(ann, 10)
+        await shard.cancel(*hers[2:5])
+        await ban(router, "central:amy")
+        await ban(router, "central:ann")
+        left = [*hers[:2], *hers[5:]]
+
+        async def all_are(state: State) -> bool:
+            return {await shard.state(identifier) for identifier in left} == {state}
+
+        await eventually(lambda: all_are(State.PENDING), DEADLINE_S, what="they are held back")
+        await ban(router, "central:ann", banned=False)
+        await eventually(lambda: all_are(State.ACTIVATED), DEADLINE_S, what="they are let go")
+        assert {await shard.state(identifier) for identifier in hers[2:5]} == {State.CANCELLED}

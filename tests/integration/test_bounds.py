@@ -9,9 +9,10 @@ import pytest
 from culm.errors import Unavailable
 from culm.settings import DispatchSettings, Timeouts
 from culm.states import Event, State
-from shard.claim import MAX_SPEC_BYTES
+from culm.wire import JobSpec, ShardRelease, ShardReleaseAnswer
+from shard.claim import MAX_BATCH_BYTES, MAX_SPEC_BYTES
 from shard.classes import ClassRegistry
-from tests.partition import OFFER, OTHER_USER, Partition, Servers, job, partition
+from tests.partition import OFFER, OTHER_USER, PILOT, Partition, Servers, job, partition
 from tests.waiting import eventually
 
 DEADLINE_S = 20.0
@@ -104,6 +105,28 @@ async def test_an_answer_holds_no_more_than_a_frame_and_the_rest_stays_ready(sha
     assert await shard.get() == []
 
 
+@pytest.mark.parametrize("shelf_mb", [0, 64])
+async def test_many_large_answers_at_once_are_given_in_several_batches_the_best_first(
+    both: Servers, shelf_mb: int
+) -> None:
+    async with partition(both, dispatch=DispatchSettings(shelf_mb=shelf_mb)) as shard:
+        large = job(argv=["x" * 60_000] * 30)
+        ids: list[int] = []
+        for n in range(40):
+            ids += await shard.submit(msgspec.structs.replace(large, priority=100 - n % 7))
+        assert 4 * MAX_BATCH_BYTES < 40 * 30 * 60_000
+        got = await asyncio.gather(*(shard.get(request_id=f"r{n}") for n in range(40)))
+        assert sorted(grants[0].id for grants in got) == sorted(ids)
+        for [grant] in got:
+            assert msgspec.msgpack.decode(grant.spec, type=JobSpec).argv == large.argv
+        # A repeat finds the same, however large all of it is.
+        again = await asyncio.gather(*(shard.get(request_id=f"r{n}") for n in range(40)))
+        assert again == got
+        await asyncio.gather(*(shard.report(grant, State.ACTIVATED) for [grant] in got))
+        order = [(await shard.get())[0].priority for _ in range(40)]
+        assert order == sorted(order, reverse=True)
+
+
 async def test_who_is_woken_for_more_than_fits_passes_the_rest_on(shard: Partition) -> None:
     waiting = [asyncio.create_task(shard.get(n_jobs=100, wait_s=20.0)) for _ in range(2)]
     await eventually(lambda: len(shard.shard.dispatcher._parking) == 2, DEADLINE_S, what="both wait")
@@ -116,6 +139,20 @@ async def test_who_is_woken_for_more_than_fits_passes_the_rest_on(shard: Partiti
 
 
 # --- hand-backs -------------------------------------------------------------------------------------------------------
+
+
+async def test_clients_that_hang_up_cost_a_job_nothing(both: Servers) -> None:
+    async with partition(both, timeouts=Timeouts(max_releases=2)) as shard:
+        [identifier] = await shard.submit(job(max_attempts=1))
+        for n in range(8):
+            assert len(await shard.get(request_id=f"r{n}")) == 1
+            call = ShardRelease(subject=PILOT.subject, request_id=f"r{n}")
+            assert (await shard.ask("release", call, ShardReleaseAnswer)).n_jobs == 1
+        assert await shard.state(identifier) is State.ACTIVATED
+        # What pilots give back themselves is counted without those.
+        for state in (State.ACTIVATED, State.ACTIVATED, State.FAILED):
+            [grant] = await shard.get()
+            assert (await shard.report(grant, State.ACTIVATED)).state is state
 
 
 async def test_a_job_that_every_pilot_gives_back_comes_to_an_end(both: Servers) -> None:

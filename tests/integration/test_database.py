@@ -94,7 +94,7 @@ def _raising(number: int) -> str:
 async def test_every_error_of_the_server_has_its_code(database: Database, number: int, code: str, status: int) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx._run(_raising(number), ())
+        await tx._run("x", _raising(number), ())
 
     with pytest.raises(CulmError) as told:
         await database.run("write", work)
@@ -106,7 +106,7 @@ async def test_every_error_of_the_server_has_its_code(database: Database, number
 async def test_a_unique_key_is_told_apart_and_nothing_is_changed(database: Database) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx._run("INSERT INTO slot_sequence (slot, next_seq) VALUES (1, 1), (1, 1)", ())
+        await tx._run("x", "INSERT INTO slot_sequence (slot, next_seq) VALUES (1, 1), (1, 1)", ())
 
     with pytest.raises(DuplicateKeyError):
         await database.run("write", work)
@@ -122,7 +122,7 @@ async def test_what_the_server_rolled_back_is_run_again_a_bounded_number_of_time
     async def work(tx: Transaction) -> None:
         nonlocal tries
         tries += 1
-        await tx._run(_raising(number), ())
+        await tx._run("x", _raising(number), ())
 
     with pytest.raises(Unavailable) as told:
         await database.run("write", work)
@@ -215,7 +215,7 @@ async def test_a_full_pool_is_busy_and_free_again(database: Database) -> None:
 async def test_cancelled_transactions_change_nothing_and_use_up_no_connection(database: Database) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        await tx._run(SLEEP, ())
+        await tx._run("x", SLEEP, ())
 
     for _ in range(6):
         task = asyncio.create_task(database.run("write", work))
@@ -253,7 +253,7 @@ async def _kill_sleeping(database: Database) -> None:
 async def test_a_statement_that_takes_too_long_is_cut_off(settings: DatabaseSettings) -> None:
     database = Database(msgspec.structs.replace(settings, statement_timeout_s=0.1, write_connections=1))
     with pytest.raises(Unavailable) as told:
-        await database.run("write", lambda tx: tx._run(SLEEP, ()))
+        await database.run("write", lambda tx: tx._run("x", SLEEP, ()))
     assert told.value.code == "database_slow"
     # Its connection is not used again: this would read the other's answer.
     assert await database.run("write", _insert) == 1
@@ -264,7 +264,7 @@ async def test_a_statement_that_takes_too_long_is_cut_off(settings: DatabaseSett
 async def test_a_commit_that_was_cut_off_is_a_503_and_the_next_one_works(database: Database) -> None:
     async def work(tx: Transaction) -> None:
         await _insert(tx)
-        [(number,)] = (await tx._run("SELECT CONNECTION_ID()", ()))[1]
+        [(number,)] = (await tx._run("x", "SELECT CONNECTION_ID()", ()))[1]
         killer = await connect(database.settings, autocommit=True)
         async with killer.cursor() as cursor:
             await cursor.execute(f"KILL {number}")
@@ -464,7 +464,7 @@ async def test_a_restart_costs_no_request_and_is_noticed(settings: DatabaseSetti
 
 async def test_one_idle_connection_that_is_gone_is_replaced_and_no_reason_for_grace(database: Database) -> None:
     for pool in POOLS:
-        [(number,)] = (await database.run(pool, lambda tx: tx._run("SELECT CONNECTION_ID()", ())))[1]
+        [(number,)] = (await database.run(pool, lambda tx: tx._run("x", "SELECT CONNECTION_ID()", ())))[1]
         began = database.connected_since
         killer = await connect(database.settings, autocommit=True)
         async with killer.cursor() as cursor:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from prometheus_client import REGISTRY
 
 from router import door
 from tests.front import RunningFront, front
@@ -44,8 +45,10 @@ async def health(streams: Streams) -> tuple[int, dict[str, str], bytes]:
 async def test_beyond_the_bound_a_client_is_told_to_come_again(router: RunningFront) -> None:
     inside = [await connect(router) for _ in range(MOST)]
     assert [(await health(one))[0] for one in inside] == [200] * MOST
+    before = REGISTRY.get_sample_value("culm_shed_total", {"reason": "connections"}) or 0.0
     outside = await connect(router)
     status, headers, body = await health(outside)
+    assert REGISTRY.get_sample_value("culm_shed_total", {"reason": "connections"}) == before + 1
     error = msgspec.json.decode(body)["error"]
     assert (status, headers["Retry-After"], headers["Connection"]) == (503, "1", "close")
     assert (error["code"], error["retryable"]) == ("too_many_connections", True)

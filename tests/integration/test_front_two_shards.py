@@ -3,18 +3,21 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from culm.client import Client
 from culm.errors import ClientFault, CulmError, Unavailable
 from culm.ids import slot_of
+from culm.positions import position
 from culm.registry_wire import ChangedAnswer, SitesRequest
 from culm.states import State
 from culm.wire import (
     CancelRequest,
     GetJobRequest,
     HeartbeatRequest,
+    JobRow,
     JobSpec,
     JobsQuery,
     PilotInfo,
@@ -168,7 +171,7 @@ async def test_a_shard_that_dies_while_a_pilot_waits_ends_the_wait(
         try:
             assert (await waiting).jobs == []
         except Unavailable as error:
-            assert error.code in {"shard_down", "outcome_unknown", "cancelled"}
+            assert error.code in {"shard_down", "outcome_unknown", "cancelled", "stopping"}
 
 
 async def test_a_list_names_the_shard_that_gave_no_answer(
@@ -203,6 +206,42 @@ async def test_paging_over_shards_is_complete_and_stable_while_jobs_come(user: C
         after = page.next
     assert seen == sorted(set(seen))
     assert set(first.ids) <= set(seen)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 100])
+async def test_the_newest_of_all_shards_come_first_while_jobs_come(
+    user: Client, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shard.lists.MAX_EXAMINED", 4)
+    first = [await user.submit(SubmitRequest(idempotency_key=f"a{n}", jobs=spread(4))) for n in range(3)]
+    seen: list[JobRow] = []
+    before: str | None = ""
+    while before is not None:
+        page = await user.jobs(JobsQuery(limit=limit, order="newest", before=before))
+        assert len(page.jobs) <= limit
+        assert page.next is None
+        seen += page.jobs
+        if before == "":
+            await user.submit(SubmitRequest(idempotency_key="b", jobs=spread(4)))
+        before = page.before
+    assert [position(row) for row in seen] == sorted({position(row) for row in seen}, reverse=True)
+    assert {row.id for row in seen} == {identifier for answer in first for identifier in answer.ids}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"order": "newest", "after": 5},
+        {"before": "1.2"},
+        {"order": "id", "before": "1.2"},
+        {"order": "newest", "before": "7"},
+    ],
+    ids=str,
+)
+async def test_a_cursor_of_the_other_order_is_refused(user: Client, query: dict[str, Any]) -> None:
+    with pytest.raises(ClientFault) as told:
+        await user.jobs(JobsQuery(**query))
+    assert told.value.code == "bad_request"
 
 
 async def test_a_cancel_says_unknown_where_no_answer_came(

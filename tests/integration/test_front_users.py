@@ -103,6 +103,31 @@ async def test_each_id_of_a_cancel_has_its_outcome(shard: Partition) -> None:
         assert [(one.id, one.outcome) for one in repeated.jobs] == [(waiting, "already_final")]
 
 
+@pytest.mark.parametrize(("per_call", "seconds"), [(5, 60.0), (10_000, -1.0), (10_000, 60.0)])
+async def test_a_large_jobset_is_ended_in_several_calls(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, per_call: int, seconds: float
+) -> None:
+    monkeypatch.setattr("shard.lifecycle._IDS_PER_TRANSACTION", 4)
+    monkeypatch.setattr("shard.lifecycle._ENDED_PER_CALL", per_call)
+    monkeypatch.setattr("shard.lifecycle._ENDING_S", seconds)
+    stranger = msgspec.structs.replace(OTHER_USER, vo="cms")
+    async with front(shard) as router, router.client(USER) as ann, router.client(stranger) as cy:
+        jobs = [JobSpec(site="BNL", argv=["true"])] * 19
+        answer = await ann.submit(SubmitRequest(idempotency_key="k", jobs=jobs))
+        ids = [one for one in answer.ids if one is not None]
+        await ann.cancel(CancelRequest(ids=ids[3:4]))
+        # Of what he may not see nothing is said, and nothing is locked.
+        assert (await cy.cancel_jobset(answer.jobset)).jobs == []
+        first = await ann.cancel(CancelRequest(jobset=answer.jobset))
+        assert (first.next is None) == (per_call > 19 and seconds > 0)
+        ended = await ann.cancel_jobset(answer.jobset)
+        assert {one.id for one in (*ended.jobs, *first.jobs)} == set(ids)
+        assert ended.next is None
+        assert {row.state for row in (await ann.jobs(JobsQuery(jobset=answer.jobset))).jobs} == {State.CANCELLED}
+        with pytest.raises(ClientFault, match="bad_cancel"):
+            await ann.cancel(CancelRequest(ids=ids[:1], after=5))
+
+
 async def test_a_jobset_is_cancelled_as_a_whole_but_for_what_is_not_ours(shard: Partition) -> None:
     async with front(shard) as router, router.client() as ann, router.client(OTHER_USER) as bob:
         answer = await ann.submit(SubmitRequest(idempotency_key="a", jobs=[job(), job()]))

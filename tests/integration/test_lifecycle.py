@@ -11,6 +11,7 @@ from culm.wire import Grant, InputFile, JobError, Usage
 from tests.partition import ADMIN, OTHER_USER, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
 
+LOST = JobError(plane="pilot", code=1, text="lost")
 DEADLINE_S = 20.0
 SHORT = Timeouts(
     first_lease_s=0.3, heartbeat_s=0.3, holding_s=0.3, transferring_s=0.3, activated_s=0.3, unready_s=0.3, grace_s=0.001
@@ -87,6 +88,51 @@ async def test_a_repeated_final_report_gets_the_first_answer(shard: Partition) -
     assert await shard.job(grant.id) == before
 
 
+async def test_a_repeat_is_answered_as_the_first_was_though_the_data_side_has_gone_on(shard: Partition) -> None:
+    [identifier] = await shard.submit(job())
+    [grant] = await shard.get()
+    await shard.heartbeat(grant)
+    first = await shard.report(grant, State.HOLDING)
+    assert first.state is State.HOLDING
+    assert await shard.report(grant, State.HOLDING) == first
+    await shard.say(identifier, Event.MOVE_OUTPUTS)
+    assert await shard.report(grant, State.HOLDING) == first
+    await shard.say(identifier, Event.MERGE)
+    assert await shard.report(grant, State.HOLDING) == first
+    assert await shard.state(identifier) is State.MERGING
+    # What it did not say is no repeat; and of work that was done none is given back.
+    for state, error in ((State.TRANSFERRING, None), (State.ACTIVATED, None), (State.ACTIVATED, LOST)):
+        with pytest.raises(Conflict) as told:
+            await shard.report(grant, state, error=error)
+        assert told.value.code == "bad_transition"
+    assert await shard.state(identifier) is State.MERGING
+
+
+@pytest.mark.parametrize("archived", [False, True])
+async def test_who_gave_a_job_back_has_not_finished_it(shard: Partition, archived: bool) -> None:
+    [identifier] = await shard.submit(job())
+    [grant] = await shard.get()
+    first = await shard.report(grant, State.ACTIVATED)
+    if archived:
+        await shard.cancel(identifier)
+        await shard.sql("UPDATE job SET modified_at = DATE_SUB(modified_at, INTERVAL 2 HOUR)")
+        assert await shard.shard.archive.move(3600.0) == 1
+    assert await shard.report(grant, State.ACTIVATED) == first
+    for state in (State.FINISHED, State.FAILED, State.HOLDING):
+        with pytest.raises(Conflict) as told:
+            await shard.report(grant, state)
+        assert told.value.code == "lease_lost"
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.RUNNING])
+async def test_that_a_job_is_at_work_is_no_report(shard: Partition, state: State) -> None:
+    await shard.submit(job())
+    [grant] = await shard.get()
+    with pytest.raises(ClientFault) as told:
+        await shard.report(grant, state)
+    assert told.value.code == "bad_report"
+
+
 async def test_ten_equal_reports_at_once_are_one(shard: Partition) -> None:
     grant = await _granted(shard)
     answers = await asyncio.gather(*(shard.report(grant) for _ in range(10)))
@@ -101,8 +147,10 @@ async def test_the_report_of_a_stale_attempt_is_refused(shard: Partition) -> Non
     await shard.report(stale, State.ACTIVATED)
     [current] = await shard.get()
     assert (current.id, current.attempt) == (stale.id, 2)
-    # Its own release is answered again; with that attempt's number and the other's token it is refused.
-    assert (await shard.report(stale)).state is State.ACTIVATED
+    # Its own release is answered again; another word, or that attempt's number and the other's token, is refused.
+    assert (await shard.report(stale, State.ACTIVATED)).state is State.ACTIVATED
+    with pytest.raises(Conflict):
+        await shard.report(stale)
     with pytest.raises(Conflict):
         await shard.report(stale, lease_token=current.lease_token)
     with pytest.raises(Conflict):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from prometheus_client import REGISTRY
 
 from culm.errors import ClientFault, Conflict, CulmError, Moved, Unavailable
 from culm.frames import Frame, Kind, encode_frame
@@ -57,6 +58,9 @@ class Shard:
                 raise Moved(17, 42)
             case "conflict":
                 raise Conflict("stale_attempt", "attempt 2 is the last", details={"attempt": 2})
+            case "large":
+                await self.gate.wait()
+                return bytes(4 << 20)
             case "huge":
                 return bytes(MAX_FRAME_BYTES)
             case _ if len(verb) > 1000:
@@ -281,15 +285,97 @@ async def test_an_answer_for_a_connection_that_is_gone_is_undelivered(shard: Sha
     await eventually(lambda: shard.undelivered == [("stubborn", b"ask", b"granted")], DEADLINE_S)
 
 
+def shed(reason: str) -> float:
+    """How many calls were refused because something was full."""
+    return REGISTRY.get_sample_value("culm_shed_total", {"reason": reason}) or 0.0
+
+
+async def test_calls_are_timed_but_for_those_that_wait_or_are_given_up(shard: Shard, folder: Path) -> None:
+    times: list[float] = []
+    async with linked(f"unix:{folder}/s", LinkOptions(timed=times.append)) as client:
+        await client.wait_connected(DEADLINE_S)
+        await client.call("echo", b"x", DEADLINE_S)
+        assert len(times) == 1
+        assert 0 < times[0] < DEADLINE_S
+        await client.call("echo", b"x", DEADLINE_S, waits=True)
+        given_up = asyncio.create_task(client.call("wait", b"", DEADLINE_S))
+        await eventually(lambda: shard.started, DEADLINE_S)
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        assert len(times) == 1
+        assert (await failing(client.call("wait", b"", 0.01))).code == "deadline"
+        assert len(times) == 2
+
+
 async def test_beyond_the_window_nothing_is_sent(shard: Shard, folder: Path) -> None:
     async with linked(f"unix:{folder}/s", LinkOptions(window=2)) as client:
         await client.wait_connected(DEADLINE_S)
         calls = [asyncio.create_task(client.call("wait", b"", DEADLINE_S)) for _ in range(2)]
         await eventually(lambda: len(shard.started) == 2, DEADLINE_S)
+        before = shed("link_window")
         assert (await failing(client.call("echo", b"", DEADLINE_S))).code == "overloaded"
+        assert shed("link_window") == before + 1
         shard.gate.set()
         await asyncio.gather(*calls)
         assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+
+
+async def test_many_large_answers_at_once_end_no_link_and_what_cannot_be_sent_is_undone(
+    shard: Shard, client: LinkClient
+) -> None:
+    calls = [client.begin("large", b"", DEADLINE_S) for _ in range(24)]
+    await eventually(lambda: len(shard.started) == 24, DEADLINE_S)
+    shard.gate.set()
+    said = await asyncio.gather(*calls, client.call("echo", b"small", DEADLINE_S), return_exceptions=True)
+    assert said.pop() == b"small"
+    refused = [one for one in said if isinstance(one, Unavailable)]
+    assert {one.code for one in refused} == {"overloaded"}
+    assert len(shard.undelivered) == len(refused)
+    assert [one for one in said if not isinstance(one, Unavailable)] == [bytes(4 << 20)] * (24 - len(refused))
+    assert len(refused) < 12
+
+
+async def test_many_large_calls_at_once_end_no_link(client: LinkClient) -> None:
+    body = bytes(2 << 20)
+    calls, refused = [], set()
+    for _ in range(40):
+        try:
+            calls.append(client.begin("echo", body, DEADLINE_S))
+        except Unavailable as error:
+            refused.add(error.code)
+    assert refused == {"overloaded"}
+    assert len(calls) > 30
+    assert await asyncio.gather(*calls) == [body] * len(calls)
+    assert await client.call("echo", b"small", DEADLINE_S) == b"small"
+
+
+async def test_who_reads_nothing_is_shown_out(shard: Shard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("culm.frames.STUCK_S", 0.05)
+    shard.gate.set()
+    async with raw(folder) as (_reader, writer):
+        writer.write(HELLO + encode_frame(Frame(Kind.CALL, 1, "large")) + encode_frame(Frame(Kind.CALL, 2, "large")))
+        await eventually(lambda: len(shard.started) == 2, DEADLINE_S)
+        await eventually(lambda: not shard.server.connections, DEADLINE_S, what="the connection is ended")
+
+
+async def test_what_is_never_taken_has_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("culm.frames.MAX_UNSENT_BYTES", 3 << 20)
+
+    hears = asyncio.Event()
+
+    async def deaf(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO)
+        await hears.wait()
+
+    async with peer(folder, deaf), linked(f"unix:{folder}/s") as client:
+        await client.wait_connected(DEADLINE_S)
+        calls = [client.begin("echo", bytes(1 << 20), DEADLINE_S) for _ in range(3)]
+        connection = client._connection
+        assert connection is not None
+        connection.send(Frame(Kind.CALL, 99, "echo", body=bytes(1 << 20)))
+        said = await asyncio.gather(*calls, return_exceptions=True)
+        hears.set()
+        assert {getattr(one, "code", "") for one in said} == {"outcome_unknown"}
 
 
 async def test_calls_that_wait_have_a_bound_of_their_own(shard: Shard, folder: Path) -> None:
@@ -298,7 +384,9 @@ async def test_calls_that_wait_have_a_bound_of_their_own(shard: Shard, folder: P
         calls = [asyncio.create_task(client.call("wait", b"", DEADLINE_S, waits=True)) for _ in range(3)]
         await eventually(lambda: len(shard.started) == 3, DEADLINE_S)
         assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+        before = shed("link_waiting")
         assert (await failing(client.call("echo", b"", DEADLINE_S, waits=True))).code == "overloaded"
+        assert shed("link_waiting") == before + 1
         calls.pop().cancel()
         await eventually(lambda: client._connection is not None and client._connection.n_waiting == 2, DEADLINE_S)
         calls.append(asyncio.create_task(client.call("wait", b"", DEADLINE_S, waits=True)))

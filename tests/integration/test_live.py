@@ -9,10 +9,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client import REGISTRY
 
 from culm.states import Event, State
 from culm.wire import Happening, JobSpec, Principal, ShardHappenings, SubmitRequest
 from monitor_api import live
+from monitor_api.metrics import EVENT_READERS
 from shard.happenings import MAX_PER_ANSWER, Happenings
 from tests.front import RunningFront
 from tests.integration.test_monitor import monitor
@@ -139,7 +141,7 @@ async def test_a_reader_that_does_not_read_is_cut_off_and_holds_up_nobody(
     url: str, router: RunningFront, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("monitor_api.main.WRITE_S", 0.3)
-    cut_off = live._READERS._value.get  # type: ignore[attr-defined]
+    cut_off = EVENT_READERS._value.get  # type: ignore[attr-defined]
     host, port = url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port), limit=1024)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -157,6 +159,17 @@ async def test_a_reader_that_does_not_read_is_cut_off_and_holds_up_nobody(
         await eventually(gone, 60.0, what="the slow one is cut off")
         await eventually(lambda: len(reader.seen) == n_told, DEADLINE_S, what="the other was told everything")
     writer.close()
+
+
+async def test_a_stream_too_many_is_refused_and_counted(
+    url: str, router: RunningFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MAX_READERS", 0)
+    before = REGISTRY.get_sample_value("culm_shed_total", {"reason": "event_readers"}) or 0.0
+    headers = {"Authorization": f"Bearer {router.token(USER)}"}
+    async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{url}/v1/events") as answer:
+        assert answer.status == 503
+    assert REGISTRY.get_sample_value("culm_shed_total", {"reason": "event_readers"}) == before + 1
 
 
 @pytest.mark.parametrize("last_id", ["x", "us1", "us1=5", "us1=a.b", "=a.1", "us1=a.1,,", "x" * 5000])

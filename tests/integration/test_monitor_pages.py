@@ -152,22 +152,38 @@ async def test_pages_ask_for_a_token_and_bad_input_is_a_page_too(url: str, route
             assert str(answer.url) == f"{url}/login"
 
 
-async def test_a_list_goes_on_on_the_next_page(url: str, router: RunningFront) -> None:
+@pytest.mark.parametrize("order", ["", "&order=id"], ids=["newest", "id"])
+async def test_a_list_goes_on_on_the_next_page(url: str, router: RunningFront, order: str) -> None:
     jobs = [JobSpec(site=("BNL", "FZK")[n % 2], argv=["true"], name=f"n{n}") for n in range(120)]
     async with router.client(USER) as user:
-        ids = (await user.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids
-    seen: list[int] = []
+        ids = [one for one in (await user.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids if one is not None]
+        jobset = (await user.job(ids[0])).job.jobset
     async with browser(url, router) as session:
-        where = f"{url}/jobs?state=activated"
-        while True:
-            text = await shown(session, where)
-            seen += [int(found) for found in re.findall(r'href="/jobs/(\d+)"', text)]
-            further = re.search(r'href="(/jobs\?[^"]*after=\d+[^"]*)"', text)
-            if further is None:
-                break
-            where = url + further[1].replace("&amp;", "&")
-    assert sorted(seen) == sorted(map(int, filter(None, ids)))
-    assert len(set(seen)) == len(seen)
+        for of_jobset in ("", f"&jobset={jobset}"):
+            seen: list[int] = []
+            where = f"{url}/jobs?state=activated&since=1h{order}{of_jobset}"
+            while True:
+                text = await shown(session, where)
+                seen += [int(found) for found in re.findall(r'href="/jobs/(\d+)"', text)]
+                further = re.search(r'href="(/jobs\?[^"]*(?:after|before)=[\d.]+[^"]*)"', text)
+                if further is None:
+                    break
+                where = url + further[1].replace("&amp;", "&")
+            assert sorted(seen) == sorted(ids)
+            assert (seen == sorted(ids)) == bool(order or of_jobset)
+
+
+async def test_a_span_of_time_that_has_no_jobs_is_empty_and_what_is_no_time_is_said(
+    url: str, router: RunningFront
+) -> None:
+    async with router.client(USER) as user:
+        await user.submit(SubmitRequest(idempotency_key="k", jobs=[JobSpec(site="BNL", argv=["true"])]))
+    async with browser(url, router) as session:
+        assert "No job fits" not in await shown(session, f"{url}/jobs?since=1h")
+        assert "No job fits" in await shown(session, f"{url}/jobs?until=1h")
+        async with session.get(f"{url}/jobs?since=soon") as answer:
+            assert answer.status == 400
+            assert "is no time" in await answer.text()
 
 
 # --- pile-ups and pilots ---------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ async def _walk(shard: Partition, who: Principal = ADMIN, **query: object) -> tu
 async def test_a_list_looks_at_a_bounded_number_of_rows_and_says_where_to_go_on(
     shard: Partition, monkeypatch: pytest.MonkeyPatch, query: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("shard.reads.MAX_EXAMINED", 10)
+    monkeypatch.setattr("shard.lists.MAX_EXAMINED", 10)
     ids = await shard.submit(*[job()] * 45)
     await shard.cancel(ids[3], ids[44])
     assert await _walk(shard, **query) == (ids, 5)
@@ -244,4 +244,4 @@ async def test_slow_reads_of_people_hold_up_nobody_else(both: Servers) -> None:
 
 
 async def _occupy(shard: Partition) -> None:
-    await shard.shard.database.run("user", lambda tx: tx._run("SELECT SLEEP(30) FROM slot", ()))
+    await shard.shard.database.run("user", lambda tx: tx._run("x", "SELECT SLEEP(30) FROM slot", ()))

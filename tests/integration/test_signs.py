@@ -6,8 +6,10 @@ import pytest
 
 from culm.errors import ClientFault, Conflict
 from culm.states import State
+from culm.wire import Grant, HeartbeatRequest, ReportRequest, ShardHeartbeat, ShardReport
 from ops.audit import audit
-from tests.partition import Partition, job
+from tests.partition import PILOT, Partition, job
+from tests.waiting import eventually
 
 N = 30
 
@@ -94,3 +96,46 @@ async def test_what_cannot_be_said_is_refused_beside_what_can(shard: Partition) 
     bad, good = await asyncio.gather(shard.heartbeat(one, State.SENT), shard.heartbeat(two), return_exceptions=True)
     assert isinstance(bad, ClientFault)
     assert not isinstance(good, BaseException)
+
+
+async def test_words_without_end_about_one_job_hold_up_nobody_else(shard: Partition) -> None:
+    await shard.submit(job(), job())
+    noisy, quiet = await shard.get(n_jobs=2)
+    bad = [asyncio.create_task(shard.heartbeat(noisy, lease_token="wrong")) for _ in range(300)]
+    await eventually(lambda: shard.shard.signs._n_behind > 0, 10.0, what="they have come")
+    n_commits = await _commits(shard)
+    assert (await shard.heartbeat(quiet)).state is State.RUNNING
+    assert await _commits(shard) - n_commits < 10
+    told = [getattr(one, "code", "") for one in await asyncio.gather(*bad, return_exceptions=True)]
+    assert set(told) == {"lease_lost", "overloaded"}
+    assert told[:2] == ["lease_lost"] * 2
+    assert (shard.shard.signs._n_behind, shard.shard.signs._behind) == (0, {})
+    assert (await shard.heartbeat(noisy)).state is State.RUNNING
+
+
+async def test_a_heartbeat_whose_sender_is_gone_is_left_out_and_a_report_is_not(shard: Partition) -> None:
+    [first, second] = await shard.submit(job(), job())
+    grants = await shard.get(n_jobs=2)
+    signs = shard.shard.signs
+    words = [
+        ShardHeartbeat(
+            at=shard.slot(), principal=PILOT, request=HeartbeatRequest(**held(grants[0]), state=State.RUNNING)
+        ),
+        ShardReport(at=shard.slot(), principal=PILOT, request=ReportRequest(**held(grants[1]), state=State.FINISHED)),
+    ]
+    for word in words:
+        answer = signs.begin(word)
+        assert answer is not None
+        answer.cancel()
+
+    async def is_done() -> bool:
+        return await shard.state(second) is State.FINISHED
+
+    await eventually(is_done, 10.0, what="the report is stored")
+    await eventually(lambda: not signs._behind, 10.0, what="both had their turn")
+    assert await shard.state(first) is State.SENT
+
+
+def held(grant: Grant) -> dict[str, object]:
+    """What a pilot says of its lease."""
+    return {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}

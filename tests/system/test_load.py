@@ -1,6 +1,9 @@
 """`culm load` end to end: real clients on a real cluster; what is asserted is correctness, never speed."""
 
 import json
+import os
+import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,8 @@ import pytest
 
 from loadtest import runs
 from tests import servers
-from tests.cluster import ROOT, Cluster, cluster, culm, decoded, remove_sockets
+from tests.cluster import CULM, ROOT, Cluster, cluster, culm, decoded, die_with_parent, remove_sockets
+from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.system
 PATIENT = {"CULM_SHARD_TIMEOUTS__FIRST_LEASE_S": "60", "CULM_SHARD_TIMEOUTS__HEARTBEAT_S": "60"}
@@ -65,6 +69,35 @@ def test_a_stored_run_is_listed_compared_and_reported(loaded: Cluster) -> None:
     assert [text for text in compared["differences"] if not text.startswith("seed")] == []
     page = Path(decoded(loaded.culm("load", "report", second, "-o", "json"))["report"])
     assert page.read_text(encoding="utf-8").count("data:image/svg+xml") == 4
+
+
+def test_the_pages_of_locust_show_the_run_while_it_goes_on(loaded: Cluster) -> None:
+    port = servers.free_ports(1)
+    running = subprocess.Popen(
+        [CULM, "load", "run", "smoke", "--seconds", "6", "--web", str(port), "-o", "json"],
+        env=os.environ | {"CULM_DIR": str(loaded.layout.folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=die_with_parent,  # noqa: PLW1509  # one call, no Python state
+    )
+    try:
+        eventually_sync(lambda: _shows_get_job(port), RUN_S, what="Locust shows the getJobs")
+        told = running.communicate(timeout=RUN_S)[0]
+    finally:
+        running.kill()
+        running.communicate()
+    assert running.returncode == 0, told
+    assert json.loads(told)["verdict"]["outcome"] == "met"
+
+
+def _shows_get_job(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats/requests", timeout=5) as answer:
+            return any(row["name"].startswith("getJob [") for row in json.load(answer)["stats"])
+    except OSError:
+        return False
 
 
 @needs_data

@@ -1,11 +1,14 @@
 """The benchmark's table and arithmetic; what it runs is measured, and tested in tests/system/test_bench.py."""
 
+import asyncio
 import os
+import time
 
+import msgspec
 import pytest
 
-from loadtest.bench import cells, cpu, rounds
-from loadtest.bench.figures import FIGURES, Figure
+from loadtest.bench import cells, cpu, rounds, traffic
+from loadtest.bench.figures import FIGURES, GIVES, Figure
 from loadtest.bench.rig import Sample, granted
 from loadtest.bench.rounds import Cell
 
@@ -17,14 +20,14 @@ def _sample(cpu_us: float, client_share: float = 0.2) -> Sample:
 
 
 def test_every_figure_of_a_cell_is_in_the_table() -> None:
-    given = [identifier for ids in cells.GIVES.values() for identifier in ids]
+    given = [identifier for ids in GIVES.values() for identifier in ids]
     assert len(given) == len(set(given))
-    assert set(given) <= set(FIGURES)
+    assert set(given) == set(FIGURES)
 
 
 def test_a_figure_is_measured_by_its_cell_alone() -> None:
     assert cells.names_for(["commits_per_job_c64", "empty_vs_hit"]) == ["echo64", "empty"]
-    assert cells.names_for(["backlog_1e7"]) == []
+    assert cells.names_for(["wake_ms", "backlog_1e7"]) == ["parked", "backlog_huge"]
 
 
 @pytest.mark.parametrize(("at_most", "value", "met"), [(True, 1.9, True), (True, 2.1, False), (False, 2.1, True)])
@@ -80,3 +83,16 @@ def test_processor_time_is_this_process_own() -> None:
 
 def test_no_answers_grant_nothing() -> None:
     assert granted([]) == []
+
+
+async def test_traffic_keeps_to_its_rate() -> None:
+    """The pauses, by a clock that stands still: each request later by the same."""
+    order = traffic.Order(
+        host="h", port=1, path="/", token="t", content_type="c", bodies=[b""] * 4, n_clients=2, rate=10.0
+    )
+    run = traffic._Run(order, asyncio.Event())
+    run._began = time.perf_counter() + 1000.0
+    pauses = [run.pause_s() - 1000.0 for _ in range(3)]
+    assert [round(pause, 1) for pause in pauses] == [0.1, 0.2, 0.3]
+    freely = traffic._Run(msgspec.structs.replace(order, rate=0.0), asyncio.Event())
+    assert freely.pause_s() == 0.0

@@ -100,6 +100,9 @@ def test_many_unlike_offers_are_all_answered_right_and_not_all_remembered() -> N
         offer = Offer(queue="q", labels=frozenset({"user"}), cores=8, memory_mb=n_mb)
         assert len(registry.fitting([1], offer)) == 2
     assert len(registry._fits[1]) <= MAX_REMEMBERED_OFFERS
+    # The last ones are: one offer more does not make all the others to be worked out anew.
+    assert offer in registry._matched[1]
+    assert len(registry._matched[1]) == MAX_REMEMBERED_OFFERS
 
 
 _events = st.lists(st.tuples(st.sampled_from(["submit", "take", "look", "see"]), st.booleans()), max_size=60)

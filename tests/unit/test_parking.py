@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,6 +121,32 @@ def test_the_offers_that_wait_are_told_once_each() -> None:
     assert sorted((slot, offer.cores) for slot, offer in parking.offers()) == [(1, 1), (1, 8), (2, 8)]
     parking.everyone()
     assert parking.offers() == []
+
+
+def test_of_many_unlike_offers_each_is_matched_once_and_the_oldest_are_woken() -> None:
+    offers = [Offer(queue="q", labels=frozenset({"user"}), walltime_s=n) for n in range(300)]
+    waiters = [_Waiter(offers[n % 300]) for n in range(600)]
+    parking = _parked(*waiters)
+    looked_at: list[Offer] = []
+
+    def fits(offer: Offer) -> bool:
+        looked_at.append(offer)
+        return offer.walltime_s % 2 == 0
+
+    assert parking.wake(1, 400, fits) == [w for w in waiters if w.offer.walltime_s % 2 == 0]
+    assert len(looked_at) == 300
+    assert len(parking) == 300
+
+
+def test_too_many_unlike_offers_are_not_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shard.parking.MAX_OFFERS", 1)
+    parking = _parked(_Waiter(NARROW))
+    assert not parking.park(_Waiter(WIDE))
+    assert not parking.park(_Waiter(WIDE, slots=(2, 1)))
+    assert parking.offers() == [(1, NARROW)]
+    assert parking.park(_Waiter(NARROW))
+    assert parking.park(_Waiter(WIDE, slots=(2,)))
+    assert len(parking) == 3
 
 
 _steps = st.lists(

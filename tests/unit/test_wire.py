@@ -148,6 +148,11 @@ BAD: list[tuple[type[msgspec.Struct], dict[str, Any], str]] = [
     (wire.JobsQuery, {"limit": 0}, "limit"),
     (wire.JobsQuery, {"limit": 1001}, "limit"),
     (wire.JobsQuery, {"state": "RUNNING"}, "state"),
+    (wire.JobsQuery, {"order": "oldest"}, "order"),
+    (wire.JobsQuery, {"since": -1}, "since"),
+    (wire.JobsQuery, {"until": 1e12}, "until"),
+    (wire.JobsQuery, {"before": "1764000000000000"}, "before"),
+    (wire.JobsQuery, {"before": "1.2\n"}, "before"),
     (wire.Usage, {"cpu_s": 1e13}, "cpu_s"),
 ]
 
