@@ -428,7 +428,7 @@ class BadPilot(Api):
     @tag("update")
     @task
     def stale(self) -> None:
-        """A report under another lease; a heartbeat after the job was given back; another end than the first."""
+        """A report under another lease; a heartbeat and an end of a job given back; the hand-back once more."""
         target = self.stage.target()
         grant = self.get_job(target)
         if grant is None:
@@ -438,13 +438,11 @@ class BadPilot(Api):
         foreign = lease | {"lease_token": grant.lease_token[::-1], "state": State.FINISHED}
         self.refused(name, "report", _ENCODE(foreign), 409, token=target.pilot_token)
         first = self.report(target, grant, State.ACTIVATED)
-        late = lease | {"state": State.RUNNING}
-        self.refused(name, "heartbeat", _ENCODE(late), 409, token=target.pilot_token)
-        # A second report of an attempt is answered as the first was, whatever it says.
-        request = ReportRequest(id=grant.id, attempt=grant.attempt, lease_token=grant.lease_token, state=State.FAILED)
-        second = self.call(name, "report", request, ReportAnswer, token=target.pilot_token)
+        for path, state in (("heartbeat", State.RUNNING), ("report", State.FINISHED)):
+            self.refused(name, path, _ENCODE(lease | {"state": state}), 409, token=target.pilot_token)
+        second = self.report(target, grant, State.ACTIVATED)
         if first is not None and second is not None and first != second:
-            self._wrong(name, f"a second report got {second.state} after {first.state}")
+            self._wrong(name, f"a repeated hand-back got {second.state} after {first.state}")
 
 
 def _error_of(content: bytes) -> ErrorBody | None:
