@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +49,8 @@ SECRET_WORDS: Final = ("password", "token", "secret", "key")
 _RUN_S: Final = "the clients did not {} within {:.0f} s, see {}"
 
 Note = Callable[[str], None]
+Event = Callable[[Note], Coroutine[Any, Any, None]]
+"""What is done to the cluster during a run; it notes what it does."""
 
 
 # --- before ----------------------------------------------------------------------------------------------------------
@@ -246,11 +248,8 @@ class Clients:
         self._home, self._folder, self._order, self._options = home, folder, order, list(options)
         self._log = folder / "locust.log"
 
-    async def run(self, happen: "Callable[[Note], Any] | None") -> Result:
-        """From begin to end. `happen` is what is done to the cluster meanwhile, an awaitable that notes what it does.
-
-        Raises CulmError(load_failed).
-        """
+    async def run(self, happen: Event | None) -> Result:
+        """From begin to end. Raises CulmError(load_failed)."""
         order = self._folder / "order.json"
         order.touch(mode=0o600)
         order.write_bytes(msgspec.json.encode(self._order))
@@ -282,12 +281,12 @@ class Clients:
             for path in (order, Path(self._order.more)):
                 path.unlink(missing_ok=True)
 
-    async def _watch(self, process: asyncio.subprocess.Process, happen: "Callable[[Note], Any] | None") -> Result:
+    async def _watch(self, process: asyncio.subprocess.Process, happen: Event | None) -> Result:
         began = Path(self._order.began)
         await self._until(began.exists, process, START_S, "begin")
         began_at = float(await asyncio.to_thread(began.read_text, "utf-8"))
         self.cpu = CpuBook(began_at)
-        happening = None if happen is None else asyncio.ensure_future(happen(self._note(began_at)))
+        happening = None if happen is None else asyncio.create_task(happen(self._note(began_at)))
         into = Path(self._order.into)
 
         def over() -> bool:
@@ -321,7 +320,7 @@ class Clients:
             await asyncio.sleep(SAMPLE_S)
 
 
-def event(home: Layout, scenario: Scenario, shard: str, more: Path) -> "Callable[[Note], Any] | None":
+def event(home: Layout, scenario: Scenario, shard: str, more: Path) -> Event | None:
     """What is to happen to the cluster in the middle of a run, if anything.
 
     `shard` is the one that is killed, `more` where the clients look for further sites.
@@ -372,7 +371,8 @@ def event(home: Layout, scenario: Scenario, shard: str, more: Path) -> "Callable
     if scenario.event == "kill_shard":
         # Now, and not when it is too late to say so.
         _pid(home, shard)
-    return {"": None, "kill_shard": kill, "pause_shards": pause, "add_shard": add}[scenario.event]
+    events: dict[str, Event | None] = {"": None, "kill_shard": kill, "pause_shards": pause, "add_shard": add}
+    return events[scenario.event]
 
 
 async def _tell(more: Path, sites: list[Target]) -> None:

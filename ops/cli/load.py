@@ -131,7 +131,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
     with Console(stderr=True).status(f"{name}: registering sites, feeding jobs") as spinner:
         machine = await asyncio.to_thread(load_bed.machine, folder)
         async with load_bed.own_jobset(home, token) as jobset:
-            order = await _order(home, place, scenario, token, jobset, seed)
+            order = await _order(home, place, scenario, token=token, jobset=jobset, seed=seed)
             clients = load_bed.Clients(home, place, order, _locust(scenario, how))
             spinner.update(f"{name}: {scenario.seconds:.0f} s")
             result = await clients.run(load_bed.event(home, scenario, how["shard"], Path(order.more)))
@@ -155,8 +155,7 @@ async def _run(folder: Path, name: str, scenario: Scenario, how: dict[str, Any])
     )
 
 
-async def _order(home: Layout, place: Path, scenario: Scenario, token: str, *numbers: int) -> Order:
-    jobset, seed = numbers
+async def _order(home: Layout, place: Path, scenario: Scenario, *, token: str, jobset: int, seed: int) -> Order:
     targets = await load_bed.targets(home.folder, scenario, scenario.seconds + load_bed.SPARE_S)
     return Order(
         router=home.router_url,

@@ -137,6 +137,13 @@ def test_a_shard_that_joins_under_load_takes_its_share(loaded: Cluster) -> None:
     assert loaded.audit() == []
 
 
+def test_a_shard_that_does_not_run_cannot_be_killed(loaded: Cluster) -> None:
+    done = loaded.culm("load", "run", "shard-loss", "--shard", "of_nobody")
+    assert (done.returncode, "of_nobody does not run" in done.stderr) == (4, True), done.stderr
+    # What had been made for the run is ended.
+    assert "activated" not in decoded(loaded.culm("counts", "-o", "json"))["total"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 from culm.errors import ClientFault
 from loadtest import report, runs, verdicts
@@ -16,6 +17,8 @@ from loadtest.runs import Machine, Run
 from loadtest.shapes import StepFigures
 from loadtest.verdicts import Facts, Row, Slo, Verdict, judge
 from ops import load_bed
+from ops.cli import culm, exits
+from ops.cli import load as load_command
 from ops.cluster.layout import Layout
 
 # --- the book --------------------------------------------------------------------------------------------------------
@@ -295,6 +298,43 @@ def test_no_secret_is_kept_with_a_run(tmp_path: Path) -> None:
     assert load_bed.settings_of(layout) == {
         "us1": '{"database":{"user":"culm"},"name":"us1","peer_token_file":"x"}',
     }
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code"),
+    [
+        (Verdict("met", []), 0),
+        (Verdict("missed", ["1 duplicates > 0"]), exits.FAILED),
+        (Verdict("none", [], "the clients were busy"), exits.UNAVAILABLE),
+    ],
+)
+def test_the_exit_code_is_the_verdict_and_the_last_line_is_the_run(
+    verdict: Verdict, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = runs.place(tmp_path, "smoke")
+
+    async def ran(*_: object) -> Run:
+        return _run(id=place.name, verdict=verdict)
+
+    monkeypatch.setattr(load_command, "_run", ran)
+    told = CliRunner().invoke(culm, ["load", "run", "smoke", "--json", "--dir", str(tmp_path)])
+    assert told.exit_code == code
+    assert msgspec.json.decode(told.stdout.splitlines()[-1], type=Run).verdict == verdict
+    assert all(text in told.stdout for text in verdict.misses)
+    assert runs.load(tmp_path, "last").verdict == verdict
+
+
+def test_a_damaged_run_hides_no_other_one(tmp_path: Path) -> None:
+    for name, text in (("smoke-1", b"{"), ("smoke-2", msgspec.json.encode(_run(id="smoke-2")))):
+        (tmp_path / runs.FOLDER / name).mkdir(parents=True)
+        (tmp_path / runs.FOLDER / name / runs.FILE).write_bytes(text)
+    told = CliRunner().invoke(culm, ["load", "list", "--dir", str(tmp_path)], env={"COLUMNS": "200"})
+    assert told.exit_code == 0
+    assert "smoke-2" in told.stdout
+    assert "cannot be read: smoke-1" in told.stderr
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
