@@ -226,7 +226,11 @@ class LinkOptions:
 
 
 class LinkClient:
-    """One connection to one shard that is made again whenever it breaks; never more than one at a time."""
+    """One connection to one shard that is made again whenever it breaks; never more than one at a time.
+
+    Who greets with another name than `name` is not asked anything: an address that is used again, or that two names
+    share, would answer for two shards. A `name` of "" takes whoever is there.
+    """
 
     def __init__(self, name: str, where: str, options: LinkOptions) -> None:
         self.name = name
@@ -236,6 +240,7 @@ class LinkClient:
         self._streams = itertools.count(1)
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._stranger = ""
         self._never_up = True
         self._new_until = 0.0
 
@@ -372,7 +377,7 @@ class LinkClient:
                     context = address.client_tls(self.options.tls) if target.kind == "tls" else None
                     await loop.create_connection(lambda: connection, target.host, target.port, ssl=context)
                 await connection.greeted.wait()
-                greeted = True
+                greeted = self._is_meant(connection.peer)
         except (OSError, TimeoutError, ssl.SSLError, ClientFault) as error:
             log.debug("link to %s: %s", self.name, error)
         finally:
@@ -380,6 +385,13 @@ class LinkClient:
             if not greeted and connection.transport is not None:
                 connection.transport.abort()
         return connection if greeted else None
+
+    def _is_meant(self, peer: str) -> bool:
+        stranger = peer if self.name not in {"", peer} else ""
+        if stranger and stranger != self._stranger:
+            log.error("link to %s: the shard at %s is %s: nothing is asked there", self.name, self.where, stranger)
+        self._stranger = stranger
+        return not stranger
 
     async def _watch(self, connection: "_ClientConnection") -> None:
         """Ping until the connection is lost, or silent for longer than the stall time after a ping."""

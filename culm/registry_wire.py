@@ -19,6 +19,8 @@ class SitesRequest(Request, frozen=True, kw_only=True):
     sites: Annotated[list[SiteRegistration], Meta(min_length=1, max_length=MAX_SITES_PER_CALL)]
     reason: Annotated[str, Meta(max_length=500)] = ""
     """Kept in the topology's audit log."""
+    expected_epoch: int | None = None
+    """The epoch that the registrations were made from, for those that name all fields of a known computing queue."""
 
 
 class QueueRequest(Request, frozen=True, kw_only=True):

@@ -68,7 +68,7 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     authority: Text = "central"
     """Whose process this is: its section of the topology is changed here, and its names win over another's."""
     peers: dict[str, str] = {}
-    """URL of a router of every other authority: its section and its public keys are copied from there."""
+    """URL of a router of every other authority (https: outside of this machine), whose section and keys are copied."""
     peer_token_file: str = ""
     """A file with the token of this authority, role `peer`, that the peers' routers are shown."""
     peer_ca_file: str = ""

@@ -104,7 +104,7 @@ class ShardLinks:
 
     async def who_answers(self, where: str, timeout_s: float) -> str:
         """The name of the shard at an address that need not be in the topology; "" if none answers in time."""
-        link = LinkClient(where, where, self._options)
+        link = LinkClient("", where, self._options)
         link.start()
         try:
             await link.wait_connected(timeout_s)

@@ -37,6 +37,11 @@ SHED: Final = METRICS.counter(
     "(that wait at the shard), event_readers (of a monitor)",
     "reason",
 )
+TOPOLOGY_REFUSED: Final = METRICS.counter(
+    "culm_topology_refused_total",
+    "Sections that were not believed, for they step back or say another thing at the same epoch",
+    "authority",
+)
 BUILD: Final = METRICS.gauge(
     "culm_build_info", "1; version and name of the process", "version", "process", workers="livemax"
 )

@@ -153,6 +153,11 @@ class Verifier:
             self._known.popitem(last=False)
         return principal
 
+    def expires_at(self, header: str) -> float:
+        """When a token ends, seconds since the epoch. Raises as `verify`."""
+        self.verify(header)
+        return self._known[header.partition(" ")[2]][0]
+
     def _decode(self, token: str) -> tuple[float, Principal]:
         try:
             kid = str(jwt.get_unverified_header(token).get("kid", ""))

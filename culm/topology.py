@@ -98,6 +98,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Accounts that may submit nothing here and, where they are this authority's own, nowhere; with the reason."""
     vos: dict[Name, Policy] = {}
     """What holds for the jobs of a VO in the slots of this authority, whoever submitted them."""
+    last_slot: int = -1
+    """No slot number up to this one is handed out again; -1 where the placement alone says which ones were."""
 
 
 class SiteRegistration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -281,14 +283,14 @@ def validate(section: Section) -> None:
         _stay_home(section, site.region, site.slots)
     owners: dict[str, str] = {}
     for name, site in section.sites.items():
-        for queue in site.queues:
+        for queue, described in site.queues.items():
             other = owners.setdefault(queue, name)
             _require(other == name, f"computing queue {queue} is named by the sites {other} and {name}")
-        for queue, described in site.queues.items():
             # What a job gets that does not say must be something that the computing queue has.
             for what in ("cores", "memory_mb", "disk_mb", "walltime_s"):
                 most, default = getattr(described, what), getattr(described, f"default_{what}")
                 _require(not most or default <= most, f"{queue} has {what} {most}, but default_{what} is {default}")
+    _require(section.last_slot <= last, f"the last slot {section.last_slot} is past the block of {section.authority}")
     _require(len(section.vos) <= policies.MAX_VOS, f"{policies.MAX_VOS} VOs at most have a policy")
     _require(
         not section.default_region or section.default_region in section.regions,
@@ -473,7 +475,7 @@ def _ring(section: Section, shards: Iterable[str]) -> HashRing:
 
 def _free_slots(section: Section) -> Iterator[int]:
     first, last = slot_block(section.authority)
-    start = max(section.placement, default=first - 1) + 1
+    start = max(section.last_slot, first - 1, *section.placement) + 1
     yield from range(start, last + 1)
     raise Conflict("out_of_slots", f"authority {section.authority} has used up its block of slot numbers")
 

@@ -23,7 +23,7 @@ from router import door
 from router.app import Front
 from router.forward import Forward
 from router.metrics import EPOCH, UPSTREAM
-from router.peers import Peers
+from router.peers import Peers, require_private
 
 RESTART_PAUSE_S: Final = 0.2
 STOP_S: Final = 15.0
@@ -38,6 +38,7 @@ def run(settings: RouterSettings) -> None:
     """Run the router until SIGTERM or SIGINT: `workers` processes, each restarted when it dies."""
     # Told here, and not by workers that die one after the other.
     Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)
+    require_private(settings.peers)
     if settings.workers == 1:
         _work(settings)
         return

@@ -38,8 +38,14 @@ class Home:
 
 
 async def register(home: Home, principal: Principal, request: SitesRequest) -> ChangedAnswer:
-    """Raises ClientFault (forbidden, bad_topology), Conflict. Safe to retry: yes."""
-    return await _change(home, principal, lambda section: register_sites(section, request.sites), request.reason)
+    """Raises ClientFault (forbidden, bad_topology), Conflict (epoch_changed and others). Safe to retry: yes."""
+    return await _change(
+        home,
+        principal,
+        lambda section: register_sites(section, request.sites),
+        request.reason,
+        expected=request.expected_epoch,
+    )
 
 
 async def join(home: Home, links: ShardLinks, principal: Principal, request: ShardRequest) -> ChangedAnswer:

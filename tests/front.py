@@ -30,6 +30,8 @@ from tests.waiting import eventually
 
 TOKEN_S = 600.0
 CONNECT_S = 10.0
+FAST_LANE = True
+"""Whether routers of tests take the hot verbs on the fast lane, where a test does not say."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ async def front_over(topology_dir: Path, **settings: Any) -> AsyncIterator[Runni
     ring = KeyRing(folder / "keys", folder / "trusted", "central")
     ring.ensure()
     port = free_ports(1)
-    values = {"topology_dir": str(topology_dir), "trusted_keys_dir": str(folder / "trusted"), "port": port}
+    keys = {"topology_dir": str(topology_dir), "trusted_keys_dir": str(folder / "trusted")}
+    values: dict[str, Any] = {"port": port, "fast_lane": FAST_LANE, **keys}
     options = RouterSettings(**(values | settings))
     topology = TopologyCache(options.topology_dir, options.authority)
     links = ShardLinks(

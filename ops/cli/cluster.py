@@ -57,6 +57,10 @@ def start(folder: Path, port: int | None, region: str | None = None) -> Layout:
         control.up(homes, spinner.update)
     for home in homes:
         click.echo(f"up: {home.authority} router {home.router_url}, monitor {home.monitor_url}", err=True)
+        told = control.status(home.folder)
+        for process in told.processes if told is not None else ():
+            if process.state != "up":
+                click.echo(f"not up: {process.name}, {process.state}: culm logs {process.name}", err=True)
     return homes[0]
 
 

@@ -9,7 +9,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import CountsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole
 
 
 @click.command()
@@ -33,6 +33,7 @@ def counts(folder: Path, authority: str, output: str, by: str) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
+        require_whole(answer.missing_shards)
         return
     states = sorted(answer.total)
     table = Table(by, *states)
@@ -43,6 +44,5 @@ def counts(folder: Path, authority: str, output: str, by: str) -> None:
     console().print(table)
     for shard in answer.missing_shards:
         age = answer.shards.get(shard)
-        sys.stderr.write(
-            f"{shard} gives no answer; " + ("never heard\n" if age is None else f"shown as {age:.0f} s ago\n")
-        )
+        sys.stderr.write(f"{shard}: " + ("never heard\n" if age is None else f"shown as {age:.0f} s ago\n"))
+    require_whole(answer.missing_shards)

@@ -8,7 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import ErrorsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 
 
 @click.command()
@@ -32,6 +32,7 @@ def errors(folder: Path, authority: str, output: str, hours: int) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
+        require_whole(answer.missing_shards)
         return
     if answer.errors:
         table = Table("plane", "code", "site", "region", "jobs", "last in the hour of", "example")
@@ -41,5 +42,4 @@ def errors(folder: Path, authority: str, output: str, hours: int) -> None:
         console().print(table)
     else:
         click.echo(f"no job failed in the last {hours} hours")
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
+    require_whole(answer.missing_shards)

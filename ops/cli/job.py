@@ -17,7 +17,7 @@ from culm.moments import moment
 from culm.states import FINAL, State
 from culm.wire import CancelAnswer, CancelRequest, JobRow, JobSpec, JobsQuery, SubmitRequest, SubmitWarning
 from ops.cli import exits
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 
 WATCH_S: Final = 1.0
 
@@ -118,6 +118,7 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
     page = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(page))
+        require_whole(page.missing_shards)
         return
     if not page.jobs:
         click.echo("no jobs" + ("" if not page.missing_shards else " on the shards that answered"))
@@ -127,8 +128,7 @@ def list_jobs(folder: Path, authority: str, output: str, state: str | None, **fi
         click.echo(f"more: --after {page.next}", err=True)
     if page.before is not None:
         click.echo(f"more: --before {page.before}", err=True)
-    if page.missing_shards:
-        click.echo(f"no answer from: {', '.join(page.missing_shards)}", err=True)
+    require_whole(page.missing_shards)
 
 
 @job.command()

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from culm.client import Client
 from culm.errors import ClientFault
 from culm.topology import CENTRAL
+from ops.cli import exits
 from ops.cluster import control
 from ops.cluster.layout import DEFAULT_PORT, FIRST_SHARDS, Layout, default_folder
 
@@ -65,6 +66,13 @@ def console() -> Console:
     """Where tables go. Names and texts are shown as they are: no markup in them is obeyed."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(width=width, markup=False, highlight=False)
+
+
+def require_whole(missing_shards: Sequence[str]) -> None:
+    """Say which shards gave no answer, and end with exit code 4: what was printed is not all there is."""
+    if missing_shards:
+        click.echo(f"no answer from {', '.join(missing_shards)}", err=True)
+        sys.exit(exits.UNAVAILABLE)
 
 
 def utc(at: float) -> str:

@@ -8,7 +8,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PileUpsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole
 
 
 @click.command("pile-ups")
@@ -32,6 +32,7 @@ def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
+        require_whole(answer.missing_shards)
         return
     if answer.pile_ups:
         table = Table("site", "region", "state", "jobs", "usual", "an hour ago", "likely cause", "example")
@@ -45,5 +46,4 @@ def pile_ups(folder: Path, authority: str, output: str, hours: int) -> None:
     for shard, n_samples in answer.n_samples.items():
         if not n_samples:
             click.echo(f"{shard} has no sample of an hour before this one yet: it cannot say", err=True)
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
+    require_whole(answer.missing_shards)

@@ -10,7 +10,7 @@ import msgspec
 from rich.table import Table
 
 from culm.wire import PilotsAnswer
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, require_whole, utc
 from ops.cluster import control
 from ops.pilot_zipapp import build as build_zipapp
 
@@ -90,6 +90,7 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
+        require_whole(answer.missing_shards)
         return
     if answer.pilots:
         table = Table("pilot", "host", "site", "queue", "last asked", "requests", "with jobs", "jobs", "last job")
@@ -102,5 +103,4 @@ def list_pilots(*, folder: Path, authority: str, output: str, site: str, minutes
         click.echo(f"no pilot asked in the last {minutes} minutes")
     if answer.n_left_out:
         click.echo(f"at least {answer.n_left_out} more are not shown (--limit)", err=True)
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
+    require_whole(answer.missing_shards)

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -14,18 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from culm import topology_store
-from culm.errors import ClientFault, CulmError, Unavailable
+from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import ChangedAnswer, ShardRequest
 from culm.topology import Section, Shard, Topology, add_shard
 from ops import section_diff
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, router
 from ops.cli.registry import settle, topology_of
 from ops.cluster import control, plan
-from ops.cluster.layout import Layout
+from ops.cluster.layout import Layout, is_shard_name
 from ops.engines import innodb
 
-NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}")
-"""It becomes the name of processes, files, folders and sockets."""
 START_S: Final = 120.0
 POLL_S: Final = 0.1
 
@@ -117,12 +114,17 @@ def add(folder: Path, *, authority: str, output: str, name: str, only_plan: bool
       culm shard add us2 --region US --link us2.example.org:25090
     """
     home = control.running(folder, authority)
-    if not NAME.fullmatch(name):
-        raise ClientFault("bad_name", f"{name!r}: a shard's name is up to 31 of a-z, 0-9 and -, a letter first")
+    if not is_shard_name(name):
+        raise ClientFault(
+            "bad_name",
+            f"{name!r}: a shard's name is up to 31 of a-z, 0-9 and -, a letter first; other processes have names like "
+            "router, monitor, pilot-1, us1-db, us1-valkey",
+        )
     address = f"tls:{link.removeprefix('tls:')}" if link else f"unix:{home.socket(name, 'link')}"
     before = topology_store.load_section(home.topology, authority)
     shard = Shard(link=address, weight=wanted["weight"])
     after = add_shard(before, name, shard, wanted["region"], strict=wanted["strict"])
+    topology_store.require_free_names(home.topology, before, after)
     if only_plan:
         _tell(output, before, after, planned=True)
         return
@@ -137,13 +139,21 @@ def add(folder: Path, *, authority: str, output: str, name: str, only_plan: bool
         await settle(folder, answer)
         return answer
 
-    asyncio.run(ask())
+    try:
+        asyncio.run(ask())
+    except (ClientFault, Conflict):
+        # It is refused: the next `culm up` does not start it.
+        home.joining(name).unlink(missing_ok=True)
+        raise
+    home.joining(name).unlink(missing_ok=True)
     _tell(output, before, topology_store.load_section(home.topology, authority), planned=False)
 
 
 def _start(home: Layout, name: str) -> None:
     """Have the supervisor start the processes of a shard, unless they run. Raises CulmError(start_failed)."""
     with Console(stderr=True).status(f"making {name}") as spinner:
+        home.data(name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.joining(name).touch(mode=0o600)
         # Here, and not in the supervisor only: what goes wrong is told to whoever asked for it.
         names = {process.name for process in plan.shard_processes(home, name, innodb.find(home.cache))}
         told = control.status(home.folder)

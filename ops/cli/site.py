@@ -1,19 +1,27 @@
 """`culm site import|list|show|set`, `culm topology show`."""
 
 import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
 from rich.table import Table
 
+from culm.errors import Conflict
 from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
 from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import SiteWhyAnswer
 from ops import catalogue
-from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, router, utc
+from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, require_whole, router, utc
 from ops.cli.registry import fields, settle, topology_of
+
+PATIENCE_S: Final = 10.0
+"""How long a change is made anew while others change the same section."""
+POLL_S: Final = 0.1
 
 
 @click.group()
@@ -91,6 +99,7 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
     answer = asyncio.run(ask())
     if output == "json":
         click.echo(msgspec.json.encode(answer))
+        require_whole(answer.missing_shards)
         return
     if not answer.queues:
         click.echo(f"{name} has no computing queue")
@@ -102,8 +111,7 @@ def why(folder: Path, authority: str, output: str, name: str) -> None:
         for one in queue.refused:
             needed = f"needed {one.needed}, offered {one.offered or 'none'}"
             click.echo(f"  {one.code}: {needed}; {one.n_classes} kinds of jobs, such as {one.example}")
-    if answer.missing_shards:
-        click.echo(f"no answer from {', '.join(answer.missing_shards)}", err=True)
+    require_whole(answer.missing_shards)
 
 
 @site.command("set")
@@ -154,15 +162,25 @@ def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue:
 def add(folder: Path, *, authority: str, output: str, region: str, reason: str, name: str, **many: Any) -> None:
     """Register site NAME with its computing queues; FIELD=VALUE are what each queue offers. May be repeated.
 
+    Of a computing queue that is known only the fields that are named are changed.
+
     \b
     Examples:
       culm site add TOKYO --region ASIA
       culm site add TOKYO --region ASIA --queue TOKYO-short --queue TOKYO-long memory_mb=8000 cores=8
     """
-    described = Queue(**fields(many["fields"], Queue, "bad_queue"))
-    queues = dict.fromkeys(many["queues"] or (f"{name}-q",), described)
-    site = SiteRegistration(name=name, region=region, queues=queues)
-    answer = asyncio.run(_register(folder, authority, [site], reason))
+    given = fields(many["fields"], Queue, "bad_queue")
+
+    def made(before: Topology) -> list[SiteRegistration]:
+        known = before.sites[name].queues if name in before.sites else {}
+        # No reason: a status that an operator gave one for is kept where it is registered.
+        queues = {
+            queue: msgspec.structs.replace(known.get(queue, Queue()), **({"reason": ""} | given))
+            for queue in many["queues"] or (f"{name}-q",)
+        }
+        return [SiteRegistration(name=name, region=region, queues=queues)]
+
+    answer = _register(folder, authority, made, reason)
     if output == "json":
         click.echo(msgspec.json.encode(answer))
     else:
@@ -191,15 +209,16 @@ def import_sites(
     """
     found = catalogue.read(catalogue_file)
     before = topology_of(folder, authority)
-    by_authority: dict[str, list[SiteRegistration]] = {}
-    for one in found.over(before.sites):
-        owner = before.authority_of_region(one.region) if one.region in before.regions else CENTRAL
-        by_authority.setdefault(owner, []).append(one)
+
+    def of(owner: str, known: Topology) -> list[SiteRegistration]:
+        return [one for one in found.over(known.sites) if _owner(one, before) == owner]
+
     told = []
-    for owner, sites in sorted(by_authority.items()):
+    for owner in sorted({_owner(one, before) for one in found.sites}):
+        sites = of(owner, before)
         epoch = before.epochs[owner]
         if not dry_run:
-            epoch = asyncio.run(_register(folder, owner, sites, reason)).epoch
+            epoch = _register(folder, owner, partial(of, owner), reason).epoch
         told.append(
             {
                 "authority": owner,
@@ -226,8 +245,28 @@ def _shown(known: Topology, name: str) -> dict[str, Any]:
     return {"region": one.region, "slots": one.slots, "shards": shards, "queues": queues}
 
 
-async def _register(folder: Path, authority: str, sites: list[SiteRegistration], reason: str) -> ChangedAnswer:
+def _owner(site: SiteRegistration, known: Topology) -> str:
+    return known.authority_of_region(site.region) if site.region in known.regions else CENTRAL
+
+
+def _register(
+    folder: Path, authority: str, made: Callable[[Topology], list[SiteRegistration]], reason: str
+) -> ChangedAnswer:
+    """Register what is `made` from the topology as it is: made anew where somebody else has changed it meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        known = topology_of(folder, authority)
+        request = SitesRequest(sites=made(known), reason=reason, expected_epoch=known.epochs.get(authority))
+        try:
+            return asyncio.run(_post(folder, authority, request))
+        except Conflict as error:
+            if error.code != "epoch_changed" or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
+
+
+async def _post(folder: Path, authority: str, request: SitesRequest) -> ChangedAnswer:
     async with router(folder, "admin", authority=authority) as client:
-        answer = await client.post("sites", SitesRequest(sites=sites, reason=reason), ChangedAnswer)
+        answer = await client.post("sites", request, ChangedAnswer)
     await settle(folder, answer)
     return answer

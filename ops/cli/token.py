@@ -56,7 +56,7 @@ def issue(
     principal = Principal(role=kind, subject=subject, authority=authority, vo=vo, **lists)
     _require_use(principal, days)
     click.echo(ring.issue(principal, days * DAY_S))
-    for pattern in _unmatched(folder, principal.queues):
+    for pattern in _unmatched(folder, authority, principal.queues):
         click.echo(f"warning: no computing queue that is registered now matches {pattern!r}", err=True)
     sys.stderr.write("whoever has it may act: keep it in a file of mode 0600\n" if sys.stderr.isatty() else "")
 
@@ -79,9 +79,10 @@ def _require_use(principal: Principal, days: float) -> None:
             raise ClientFault("bad_token", f"the role {role!r} is neither production, monitor nor manager:GROUP")
 
 
-def _unmatched(folder: Path, patterns: list[str]) -> list[str]:
-    """Those that none of the registered computing queues match."""
-    known = topology_store.load(Layout(folder).topology).site_of_queue if patterns else {}
+def _unmatched(folder: Path, authority: str, patterns: list[str]) -> list[str]:
+    """Those that none of the computing queues match that this authority knows of."""
+    home = Layout(folder).home(authority).topology
+    known = topology_store.load(home, authority).site_of_queue if patterns else {}
     one = Principal(role="pilot", subject="", authority="")
     return [
         pattern

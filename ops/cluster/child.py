@@ -29,6 +29,8 @@ class Pace:
     first_pause_s: float = 0.2
     """Before a process is started again; twice as long each time, up to the longest."""
     max_pause_s: float = 10.0
+    patience_s: float = 120.0
+    """How long a first start waits for a shard; then the cluster is up without it."""
     stable_s: float = 30.0
     """A process that was up for so long starts again after the first pause."""
     stop_s: float = 15.0
@@ -86,17 +88,24 @@ class Child:
             self._restarting(f"ended with {await self.running.wait()}")
         tell()
         await asyncio.sleep(self._next_pause_s())
+        await self.begin(tell)
+
+    async def begin(self, tell: Callable[[], None]) -> bool:
+        """Start it and wait until it is ready; whether it is. One that is not in time is ended."""
         try:
             await self.start()
         except OSError as error:
             self._restarting(f"cannot start: {error.strerror or error}")
-            return
+            tell()
+            return False
         tell()
-        if not await self.ready() and self.running is not None and self.running.returncode is None:
+        ready = await self.ready()
+        if not ready and self.running is not None and self.running.returncode is None:
             await self.stop()
             self.running = None
             self._restarting(f"was not ready in {self.process.ready_s:g} s")
         tell()
+        return ready
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL; done when it has ended."""

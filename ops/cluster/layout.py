@@ -6,11 +6,13 @@ supervisor. The centre's is the cluster's folder itself, another's is a folder i
 
 import hashlib
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from culm import topology_store
 from culm.errors import ClientFault
 from culm.tokens import KeyRing
 from culm.topology import CENTRAL
@@ -18,6 +20,10 @@ from culm.topology import CENTRAL
 DEFAULT_PORT: Final = 25080
 PORTS: Final = 2
 """Of one authority: its router's, then its monitor's."""
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}")
+"""Of a shard: it becomes the name of processes, files, folders and sockets."""
+_NO_SHARD: Final = re.compile(r"router|monitor|supervisor|pilot.*|.*-(router|monitor|db|valkey)")
+"""Names of the processes that are no shard, and of those that each shard has."""
 FIRST_SHARDS: Final = {CENTRAL: {"us1": "US", "eu1": "EU"}, "CERN": {"cern1": "CERN"}}
 """By authority, the shards of a new cluster, each with the region that is placed on it."""
 
@@ -44,10 +50,23 @@ class Layout:
 
     @property
     def shards(self) -> list[str]:
-        """The shards that live here: those of a new cluster, and those that were added, by name."""
+        """The shards that live here: those of a new cluster, those that have joined, those that are about to, by name.
+
+        What was refused, or did not come to join, has a folder in `data` but is none of them.
+        """
         first = list(FIRST_SHARDS[self.authority])
         data = self.folder / "data"
-        added = sorted(path.name for path in data.iterdir()) if data.is_dir() else []
+        there = sorted(path.name for path in data.iterdir()) if data.is_dir() else []
+        try:
+            joined = topology_store.load_section(self.topology, self.authority).shards
+        except ClientFault:
+            # What cannot be read says nothing against a shard that has data.
+            return [*first, *(name for name in there if name not in first and is_shard_name(name))]
+        added = [
+            name
+            for name in there
+            if (name in joined and joined[name].link.startswith("unix:")) or self.joining(name).exists()
+        ]
         return [*first, *(name for name in added if name not in first)]
 
     @property
@@ -126,9 +145,18 @@ class Layout:
         """The shard's database."""
         return self.folder / "data" / shard
 
+    def joining(self, shard: str) -> Path:
+        """A mark: the shard is started to join, and is not in the section yet."""
+        return self.data(shard) / "joining"
+
     def socket(self, shard: str, what: str) -> Path:
         """A socket of a shard: db, valkey, link or http."""
         return self.sockets / f"{shard}.{what}"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a shard may have that name: no other process of a cluster has it."""
+    return _NAME.fullmatch(name) is not None and _NO_SHARD.fullmatch(name) is None
 
 
 def default_folder() -> Path:

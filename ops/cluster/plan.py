@@ -1,14 +1,18 @@
 """What one authority's home consists of: settings files, the first section, keys and tokens, processes."""
 
 import json
+import logging
+import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from culm import topology_store
-from culm.tokens import adopt_keys, public_keys
+from culm.errors import ClientFault, Conflict, CulmError
+from culm.tokens import Verifier, adopt_keys, public_keys
 from culm.topology import (
     CENTRAL,
     SLOT_BLOCKS,
@@ -20,15 +24,20 @@ from culm.topology import (
     SiteRegistration,
     register_sites,
 )
+from culm.topology_store import Who
 from culm.wire import Principal
 from ops.cluster.layout import FIRST_SHARDS, Layout, make_private
 from ops.engines import innodb, valkey
 
 TOKEN_VALID_S: Final = 365 * 86_400.0
+RENEW_S: Final = 30 * 86_400.0
+"""A token with less left is made anew at the next start."""
 DEMO_SITES: Final = {"US": "BNL", "EU": "DESY", "CERN": "CERN-PROD"}
 READY_S: Final = 60.0
 RECOVERY_S: Final = 600.0
 """A database answers when it has gone through its log; to end it before that only makes it begin anew."""
+log = logging.getLogger("culm.plan")
+
 _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 
 
@@ -36,8 +45,10 @@ _RUN: Final = [sys.executable, "-P", "-m", "ops"]
 class Process:
     """One supervised process; it is up when `ready` answers: a unix socket, or a URL with /health.
 
-    Those of a lower wave are up before the next wave is started: databases and Valkey 0, shards 1, router and monitor
-    2. One that still runs but does not answer after `ready_s` seconds is ended.
+    Those of one `part` depend on each other: of a shard its database and Valkey, of wave 0, are up before the shard
+    itself, of wave 1, is started. Parts are started side by side, for one must not wait for another's trouble. Without
+    those of the part "", router and monitor, there is no cluster. One that still runs but does not answer after
+    `ready_s` seconds is ended.
     """
 
     name: str
@@ -46,6 +57,7 @@ class Process:
     wave: int
     environment: Mapping[str, str] = field(default_factory=dict)
     ready_s: float = READY_S
+    part: str = ""
 
 
 def prepare(layout: Layout) -> list[Process]:
@@ -96,10 +108,12 @@ def shard_processes(layout: Layout, shard: str, engine: innodb.Engine) -> list[P
     }
     config = _write(layout, shard, values)
     database = innodb.argv(engine, data / "db", sockets["db"])
+    cache = valkey.argv(sockets["valkey"], data)
+    run = [*_RUN, "shard", "run", "--config", str(config)]
     return [
-        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment, RECOVERY_S),
-        Process(f"{shard}-valkey", valkey.argv(sockets["valkey"], data), f"unix:{sockets['valkey']}", 0),
-        Process(shard, [*_RUN, "shard", "run", "--config", str(config)], f"unix:{sockets['link']}", 1),
+        Process(f"{shard}-db", database, f"unix:{sockets['db']}", 0, engine.environment, RECOVERY_S, shard),
+        Process(f"{shard}-valkey", cache, f"unix:{sockets['valkey']}", 0, part=shard),
+        Process(shard, run, f"unix:{sockets['link']}", 1, part=shard),
     ]
 
 
@@ -111,9 +125,7 @@ def _write(layout: Layout, name: str, values: Mapping[str, Any]) -> Path:
         if isinstance(table, dict):
             lines += [f"\n[{key}]", *(f"{inner} = {json.dumps(value)}" for inner, value in table.items())]
     text = "\n".join(lines) + "\n"
-    if not path.exists():
-        path.write_text(text, encoding="utf-8")
-    else:
+    if path.exists() and path.stat().st_size:
         # Where router and monitor are is the command line's to say.
         said = {"port": values.get("port"), **values.get("peers", {})}
         kept = path.read_text(encoding="utf-8").splitlines()
@@ -121,19 +133,42 @@ def _write(layout: Layout, name: str, values: Mapping[str, Any]) -> Path:
             key = line.partition(" =")[0]
             if said.get(key) is not None:
                 kept[n] = f"{key} = {json.dumps(said[key])}"
-        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        text = "\n".join(kept) + "\n"
+        if text == path.read_text(encoding="utf-8"):
+            return path
+        mode = path.stat().st_mode & 0o777
+    else:
+        mode = 0o644
+    _replace(path, text, mode)
     return path
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Never seen half written, also after a full disk or a kill: what is there stays as it is for good."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.touch(mode=mode)
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _topology(layout: Layout) -> None:
     authority = layout.authority
     if (layout.topology / f"{authority}.json").exists():
         return
+    for other in layout.homes:
+        if other != layout and topology_store.known_epoch(other.topology, authority):
+            raise Conflict(
+                "section_lost", f"{layout.topology} is gone, but {other.authority} knows it: culm topology restore"
+            )
     first = SLOT_BLOCKS[authority][0]
     shards = FIRST_SHARDS[authority]
     section = Section(
         authority=authority,
-        epoch=1,
+        epoch=0,
         shards={name: Shard(link=f"unix:{layout.socket(name, 'link')}") for name in shards},
         regions={
             region: Region(slot=first + n, shards=[name], strict=authority != CENTRAL)
@@ -149,13 +184,15 @@ def _topology(layout: Layout) -> None:
         for region, site in DEMO_SITES.items()
         if region in section.regions
     ]
-    topology_store.create(layout.topology, register_sites(section, sites))
+    who = Who(actor=f"{authority}:operator", reason="a new cluster", at=time.time())
+    topology_store.create(layout.topology, register_sites(section, sites), who)
 
 
 def _tokens(layout: Layout) -> None:
     authority = layout.authority
     ring = layout.ring
     ring.ensure()
+    verifier = Verifier(layout.trusted)
     for principal in (
         Principal(role="admin", subject="operator", authority=authority),
         Principal(role="user", subject="demo", authority=authority, vo="demo"),
@@ -163,9 +200,18 @@ def _tokens(layout: Layout) -> None:
         Principal(role="peer", subject="router", authority=authority),
     ):
         path = layout.tokens / f"{authority}.{principal.role}"
-        if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(ring.issue(principal, TOKEN_VALID_S), encoding="utf-8")
+        if _is_spent(path, verifier):
+            _replace(path, ring.issue(principal, TOKEN_VALID_S), 0o600)
+
+
+def _is_spent(path: Path, verifier: Verifier) -> bool:
+    """Whether there is no token, or one that soon ends. One that is not good here may be good elsewhere: it stays."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    try:
+        return verifier.expires_at(f"Bearer {path.read_text(encoding='utf-8').strip()}") - time.time() < RENEW_S
+    except ClientFault as error:
+        return error.code == "token_expired"
 
 
 def _introduce(one: Layout, other: Layout) -> None:
@@ -177,4 +223,8 @@ def _introduce(one: Layout, other: Layout) -> None:
         section = teller.topology / f"{teller.authority}.json"
         if section.exists() and hearer.topology.is_dir() and hearer.trusted.is_dir():
             adopt_keys(hearer.trusted, teller.authority, public_keys(teller.trusted, teller.authority))
-            topology_store.adopt(hearer.topology, topology_store.load_section(teller.topology, teller.authority))
+            try:
+                topology_store.adopt(hearer.topology, topology_store.load_section(teller.topology, teller.authority))
+            except CulmError as error:
+                # It would not be helped by an authority more that does not run.
+                log.error("%s does not believe %s: %s", hearer.authority, teller.authority, error)  # noqa: TRY400

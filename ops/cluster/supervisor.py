@@ -43,6 +43,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._more = asyncio.Event()
         self._loops = Loops()
+        self._beginning: set[asyncio.Task[str]] = set()
         self._phase = "starting"
         self._failure = ""
         self._told = True
@@ -56,10 +57,13 @@ class Supervisor:
         self._more.set()
 
     async def run(self) -> int:
-        """Start all, keep them up until `stop`, end them in reverse order; 1 if one did not come up."""
+        """Start all, keep them up until `stop`, end them in reverse order; 1 if router or monitor did not come up.
+
+        A shard that does not come up is kept as one that has died: the others are not to wait for it.
+        """
         loops = self._loops
         stopped = asyncio.create_task(self._stop.wait())
-        starting = asyncio.create_task(self._start(self._waves(self._children)))
+        starting = asyncio.create_task(self._start(self._children))
         try:
             loops.every(self._pace.look_s, "housekeeping", self._housekeeping)
             await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -67,8 +71,6 @@ class Supervisor:
                 self._failure = starting.result()
                 if self._failure:
                     return 1
-                for child in self._children:
-                    self._keep(child)
                 loops.every(self._pace.first_pause_s, "extend", self._extend)
                 self._phase = "up"
                 self._tell()
@@ -78,17 +80,15 @@ class Supervisor:
             # Before anything ends: who asks for a start now waits for our end, and does not take us for up.
             self._phase = "failed" if self._failure else "stopping"
             self._tell()
-            for task in (starting, stopped):
+            tasks = (starting, stopped, *self._beginning)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(starting, stopped, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await loops.stop()
             for wave in reversed(self._waves(self._children)):
                 await asyncio.gather(*(child.stop() for child in wave))
             self._phase = "failed" if self._failure else "down"
             self._tell()
-
-    def _keep(self, child: Child) -> None:
-        self._loops.every(self._pace.first_pause_s, f"keep {child.process.name}", partial(child.keep, self._tell))
 
     async def _extend(self) -> None:
         """One turn of a loop: what cannot be started is kept as any other, and tried again."""
@@ -101,26 +101,49 @@ class Supervisor:
             if process.name not in known
         ]
         self._children += added
-        failure = await self._start(self._waves(added))
-        if failure:
-            log.warning("%s", failure)
-        for child in added:
-            self._keep(child)
+        await self._start(added)
 
-    async def _start(self, waves: Sequence[Sequence[Child]]) -> str:
-        """Start databases, all at once, then what needs them; what did not come up, or ""."""
-        for wave in waves:
-            for child in wave:
-                try:
-                    await child.start()
-                except OSError as error:
-                    return f"{child.process.name} cannot start: {error}"
-            self._tell()
-            for child in wave:
-                if not await child.ready():
-                    return f"{child.process.name} did not come up, see its log"
-            self._tell()
-        return ""
+    async def _start(self, children: Sequence[Child]) -> str:
+        """Begin every part for itself; what there is no cluster without and did not come up, or "".
+
+        Done when all parts are up or were tried once, or when one has taken too long for the others to wait for it: a
+        database that recovers goes on.
+        """
+        parts: dict[str, list[Child]] = {}
+        for child in children:
+            parts.setdefault(child.process.part, []).append(child)
+        tasks = {part: asyncio.create_task(self._begin(some), name=part) for part, some in parts.items()}
+        self._beginning |= set(tasks.values())
+        for task in tasks.values():
+            task.add_done_callback(self._beginning.discard)
+        needed = [tasks[""]] if "" in tasks else []
+        failure = next(iter(await asyncio.gather(*needed)), "")
+        others = set(tasks.values()) - set(needed)
+        if others and not failure:
+            _, late = await asyncio.wait(others, timeout=self._pace.patience_s)
+            for task in late:
+                log.warning("%s takes long to come up", task.get_name())
+        return failure
+
+    async def _begin(self, part: Sequence[Child]) -> str:
+        """Start what belongs together, the earlier waves first, and keep it up from then on; what did not come up."""
+        failure = ""
+        for wave in self._waves(part):
+            ready = await asyncio.gather(*(child.begin(self._tell) for child in wave))
+            failed = [child for child, well in zip(wave, ready, strict=True) if not well]
+            if failed:
+                failure = (
+                    f"{failed[0].process.name} {failed[0].state.partition('(')[2].rstrip(')') or 'did not come up'}"
+                )
+                failure += ", see its log"
+                log.warning("%s", failure)
+                break
+        if not failure or part[0].process.part:
+            for child in part:
+                self._loops.every(
+                    self._pace.first_pause_s, f"keep {child.process.name}", partial(child.keep, self._tell)
+                )
+        return failure
 
     @staticmethod
     def _waves(children: Sequence[Child]) -> list[list[Child]]:
@@ -191,8 +214,13 @@ def main() -> int:
             sys.stderr.write("another supervisor runs here\n")
             return RUNS_ALREADY
         telemetry.configure_logging("supervisor", "INFO")
+        # Until it can be obeyed: the default action would end us.
+        signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
         # Before the engine is fetched, which may take minutes: `down` must find who is at it.
         _tell(layout, "starting")
+        for mark in (layout.folder / "data").glob("*/joining"):
+            # What had not joined when the last supervisor ended is begun anew by `culm shard add`.
+            mark.unlink()
         try:
             processes = prepare(layout)
         except (CulmError, OSError) as error:

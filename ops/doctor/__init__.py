@@ -7,6 +7,7 @@ from pathlib import Path
 from culm import settings, topology_store
 from culm.errors import CulmError
 from culm.settings import ShardSettings
+from culm.topology import CENTRAL, validate
 from ops.cluster import control
 from ops.cluster.layout import Layout
 from ops.doctor import databases, keys, machine
@@ -36,14 +37,34 @@ def examine(homes: Sequence[Layout], configs: Sequence[Path] = ()) -> list[Check
 
 
 def _topology(layout: Layout) -> Check:
-    name = f"topology of {layout.authority}"
+    name, authority = f"topology of {layout.authority}", layout.authority
+    restore = "culm topology restore --plan" + ("" if authority == CENTRAL else f" --authority {authority}")
+    advice = f"{restore} says what would be put back; never copy a file of the history over it"
     try:
-        topology = topology_store.load(layout.topology, layout.authority)
+        copies = [
+            copy
+            for other in layout.homes
+            if other.authority != authority
+            for copy in topology_store.copies(other.topology, authority)
+        ]
+        if not layout.topology.is_dir() and not copies:
+            text = f"{layout.topology} is not there"
+            return Check(name=name, level="warn", text=text, advice="culm up makes one")
+        own = topology_store.load_section(layout.topology, authority)
+        for row in topology_store.changes(layout.topology, authority, 1):
+            if row.to_epoch > own.epoch:
+                text = f"{authority} has stepped back: it is at epoch {own.epoch}, but was at {row.to_epoch}"
+                return Check(name=name, level="bad", text=text, advice=advice)
+        for copy in copies:
+            topology_store.require_order(copy.section, own)
+        validate(own)
     except CulmError as error:
-        there = layout.topology.is_dir()
-        history = layout.topology / topology_store.HISTORY
-        advice = f"restore the section from {history}" if there else "culm up makes one"
-        return Check(name=name, level="bad" if there else "warn", text=error.message, advice=advice)
+        return Check(name=name, level="bad", text=error.message, advice=advice)
+    try:
+        topology = topology_store.load(layout.topology, authority)
+    except CulmError as error:
+        copied = "it is a copy: remove it, the router copies it again when that authority is reached"
+        return Check(name=name, level="bad", text=error.message, advice=copied)
     told = ", ".join(f"{authority} at epoch {epoch}" for authority, epoch in topology.epochs.items())
     told += f"; {len(topology.sites)} sites"
     if topology.clashes:

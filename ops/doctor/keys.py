@@ -5,16 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import jwt
-
 from culm.errors import ClientFault
 from culm.tokens import Verifier
 from ops.cluster.layout import Layout
+from ops.cluster.plan import RENEW_S
 from ops.doctor.check import Check
 
 DAY_S: Final = 86_400.0
 OLD_DAYS: Final = 365
-SOON_DAYS: Final = 30
 
 
 def keys(layout: Layout) -> Iterator[Check]:
@@ -58,16 +56,16 @@ def _signing(layout: Layout) -> Check:
 
 
 def _token(path: Path, verifier: Verifier) -> Check:
-    name, advice = f"token {path.name}", f"remove {path} and culm up makes a new one"
+    name, advice = f"token {path.name}", f"remove {path}; the next culm up makes a new one"
     try:
         text = path.read_text(encoding="utf-8").strip()
-        verifier.verify(f"Bearer {text}")
+        expires_at = verifier.expires_at(f"Bearer {text}")
     except ClientFault as error:
         return Check(name=name, level="bad", text=error.message, advice=advice)
     except (OSError, UnicodeDecodeError) as error:
         return Check(name=name, level="bad", text=str(error), advice=advice)
-    left_days = (jwt.decode(text, options={"verify_signature": False})["exp"] - time.time()) / DAY_S
+    left_days = (expires_at - time.time()) / DAY_S
     told = f"good for {left_days:.0f} days"
-    if left_days < SOON_DAYS:
+    if left_days * DAY_S < RENEW_S:
         return Check(name=name, level="warn", text=told, advice=advice)
     return Check(name=name, text=told)

@@ -376,7 +376,9 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         missing_shards=["eu1"],
     ),
     registry_wire.SitesRequest(
-        sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})], reason="from the catalogue"
+        sites=[SiteRegistration(name="BNL", region="US", queues={"BNL-q": QUEUE})],
+        reason="from the catalogue",
+        expected_epoch=42,
     ),
     registry_wire.QueueRequest(queue="BNL-q", changes={"status": "offline"}, reason="cooling"),
     registry_wire.VoRequest(vo="atlas", changes={"heartbeat_s": 600}, expected_epoch=42, reason="short jobs"),
@@ -392,6 +394,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
                 placement={3: Placement("us1", 42)},
                 default_region="US",
                 vos={"atlas": Policy(heartbeat_s=600.0, default_memory_mb=2000)},
+                last_slot=3,
             )
         ]
     ),

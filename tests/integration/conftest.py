@@ -1,5 +1,6 @@
 """Private servers of this run, and shards on them."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -9,6 +10,19 @@ from tests import servers
 from tests.front import RunningFront, front_over
 from tests.partition import Partition, Servers, partition
 from tests.two_partitions import TwoPartitions, two_partitions
+
+ORDINARY = os.environ.get("CULM_TEST_PATH") == "ordinary"
+"""Run without the fast path: every guarantee holds without it too (docs/testing.md)."""
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests by aiohttp, claims and signs in transactions that look first, nothing read ahead."""
+    if ORDINARY:
+        monkeypatch.setattr("tests.front.FAST_LANE", False)
+        monkeypatch.setattr("shard.dispatch.enough", lambda _seats, _hints: False)
+        monkeypatch.setattr("shard.signs.Signs.begin", lambda _signs, _call: None)
+        monkeypatch.setattr("shard.shelf.Shelf.put", lambda _shelf, _rows: None)
 
 
 @pytest.fixture(scope="session")

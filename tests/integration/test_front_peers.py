@@ -1,19 +1,26 @@
 """Routers of two authorities: each learns the other's section and keys, and nobody speaks for the other."""
 
 import asyncio
+import contextlib
+import gzip
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from culm import topology_store
+from culm.errors import ClientFault
 from culm.registry_wire import AuthorityAnswer, ChangedAnswer, SitesRequest
 from culm.settings import RouterSettings
+from culm.telemetry import TOPOLOGY_REFUSED
 from culm.tokens import Verifier, public_keys
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.wire import Principal
+from router.metrics import PEER_HEARD
 from router.peers import Peers
 from tests.front import RunningFront, front
 from tests.partition import ADMIN, PILOT, USER, Partition
@@ -78,6 +85,67 @@ async def test_a_peer_that_is_cut_off_stays_as_it_was_last_heard(shard: Partitio
     await peers.poll()
     assert topology_store.load_section(Path(settings.topology_dir), "central") == known
     assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
+
+
+async def test_a_peer_that_steps_back_is_not_believed_and_said_once(
+    shard: Partition, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with front(shard) as router, follower(router, tmp_path) as settings:
+        folder = Path(settings.topology_dir)
+        peers = Peers(settings)
+        await peers.poll()
+        keys = public_keys(Path(settings.trusted_keys_dir), "central")
+        theirs = topology_store.load_section(folder, "central")
+        known = msgspec.structs.replace(theirs, epoch=theirs.epoch + 1)
+        assert topology_store.adopt(folder, known)
+        await asyncio.to_thread(router.ring.rotate)
+        counted = TOPOLOGY_REFUSED.labels("central")._value.get()
+        heard = PEER_HEARD.labels("central")._value.get()
+        # Once may be two workers that write in the other order.
+        for n_counted in (0, 1, 2):
+            await peers.poll()
+            assert TOPOLOGY_REFUSED.labels("central")._value.get() == counted + n_counted
+        assert topology_store.load_section(folder, "central") == known
+        assert public_keys(Path(settings.trusted_keys_dir), "central") == keys
+        assert PEER_HEARD.labels("central")._value.get() == heard
+        assert (
+            len([one for one in caplog.records if one.levelname == "ERROR" and "is not believed" in one.message]) == 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        ("http://127.0.0.1:25080", True),
+        ("http://localhost:25080", True),
+        ("http://[::1]:25080", True),
+        ("https://cern.example.org", True),
+        ("http://cern.example.org:25080", False),
+        ("http://127.0.0.1.example.org", False),
+        ("http://127.0.0.1@cern.example.org", False),
+        ("cern.example.org:25080", False),
+    ],
+)
+def test_a_peer_is_not_asked_in_the_clear(url: str, good: bool) -> None:
+    with contextlib.nullcontext() if good else pytest.raises(ClientFault, match="plain_http_refused"):
+        Peers(RouterSettings(topology_dir="t", trusted_keys_dir="k", peers={"CERN": url}))
+
+
+async def test_a_compressed_answer_is_not_blown_up(
+    shard: Partition, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def compressed(request: web.Request) -> web.Response:
+        assert request.headers["Accept-Encoding"] == "identity"
+        section = Section(authority="central", epoch=1)
+        body = gzip.compress(msgspec.json.encode(AuthorityAnswer(authority="central", section=section, keys={})))
+        return web.Response(body=body, headers={"Content-Encoding": "gzip"}, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_get("/v1/authority", compressed)
+    async with TestServer(app) as server, front(shard) as router, follower(router, tmp_path) as settings:
+        await Peers(msgspec.structs.replace(settings, peers={"central": str(server.make_url(""))})).poll()
+        assert list(topology_store.load(Path(settings.topology_dir)).sections) == ["CERN"]
+    assert "gave an answer that is not ours" in caplog.text
 
 
 async def test_one_authority_cannot_speak_for_another(shard: Partition, tmp_path: Path) -> None:

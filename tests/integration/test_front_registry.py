@@ -49,6 +49,16 @@ async def test_the_same_registration_again_changes_nothing(shard: Partition) -> 
         assert section(shard) == before
 
 
+async def test_a_registration_from_an_older_epoch_is_refused(shard: Partition) -> None:
+    async with front(shard) as router:
+        before = section(shard).epoch
+        assert (await post(router, "queue", {"queue": QUEUE, "changes": {"cores": 16}})).status == 200
+        reply = await post(router, "sites", {"sites": [SITE], "expected_epoch": before})
+        assert (reply.status, reply.code) == (409, "epoch_changed")
+        assert "MWT2" not in section(shard).sites
+        assert (await post(router, "sites", {"sites": [SITE], "expected_epoch": before + 1})).status == 200
+
+
 async def test_an_operators_status_is_kept_with_his_reason(shard: Partition) -> None:
     async with front(shard) as router:
         reply = await post(router, "queue", {"queue": QUEUE, "changes": {"status": "offline"}, "reason": "downtime"})

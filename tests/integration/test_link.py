@@ -20,7 +20,7 @@ from tests.servers import free_ports
 from tests.waiting import eventually
 
 DEADLINE_S = 5.0
-HELLO = encode_frame(Frame(Kind.HELLO, 1, "test"))
+HELLO = encode_frame(Frame(Kind.HELLO, 1, "us1"))
 
 
 class Shard:
@@ -582,3 +582,23 @@ async def test_plain_tcp_outside_loopback_never_listens() -> None:
     with pytest.raises(ClientFault) as caught:
         await Shard().server.start(f"tcp:0.0.0.0:{free_ports(1)}")
     assert caught.value.code == "plain_tcp_refused"
+
+
+async def test_a_shard_under_anothers_name_is_not_asked(
+    shard: Shard, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = LinkClient("eu1", f"unix:{folder}/s", LinkOptions())
+    anyone = LinkClient("", f"unix:{folder}/s", LinkOptions())
+    for link in (other, anyone):
+        link.start()
+    try:
+        assert await anyone.wait_connected(DEADLINE_S)
+        assert anyone.peer == "us1"
+        await eventually(lambda: "is us1: nothing is asked there" in caplog.text, DEADLINE_S)
+        assert not other.connected
+        with pytest.raises(Unavailable, match="shard_down"):
+            await other.call("echo", b"x", DEADLINE_S)
+        assert shard.started == []
+    finally:
+        await other.stop()
+        await anyone.stop()

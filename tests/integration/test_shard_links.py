@@ -69,9 +69,9 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def serving(cluster: Cluster, name: str, answer: bytes | None = None) -> AsyncIterator[None]:
-    peer = Answerer(name, _counts(name) if answer is None else answer)
-    await peer.server.start(f"unix:{cluster.folder / name}")
+async def serving(cluster: Cluster, name: str, answer: bytes | None = None, *, at: str = "") -> AsyncIterator[None]:
+    peer = Answerer(name, _counts(at or name) if answer is None else answer)
+    await peer.server.start(f"unix:{cluster.folder / (at or name)}")
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ async def test_links_follow_the_topology(cluster: Cluster) -> None:
 
 
 async def test_a_shard_that_moved_to_another_address_is_followed(cluster: Cluster) -> None:
-    async with serving(cluster, "here"), serving(cluster, "there"):
+    async with serving(cluster, "us1", at="here"), serving(cluster, "us1", at="there"):
         for address in ("here", "there"):
             shards = {"us1": Shard(link=f"unix:{cluster.folder / address}")}
             cluster.topology = Topology([Section(authority=CENTRAL, epoch=1, shards=shards)])

@@ -95,7 +95,7 @@ async def test_a_shard_joins_under_load(folder: Path) -> None:
         shown = decoded(await asyncio.to_thread(running.culm, "shard", "show", "asia1", "-o", "json"))
         assert (shown["regions"], shown["sites"], shown["n_slots"]) == (["ASIA"], ["TOKYO"], 2)
         history = decoded(await asyncio.to_thread(running.culm, "topology", "history", "-o", "json"))
-        assert [row["reason"] for row in history] == ["", "the new region"]
+        assert [row["reason"] for row in history] == ["", "the new region", "a new cluster"]
         diff = await asyncio.to_thread(running.culm, "topology", "diff", str(before.epoch), str(before.epoch + 1))
         assert "+ shards.asia1.link" in diff.stdout
         again = await asyncio.to_thread(running.culm, "shard", *ASIA)
@@ -108,10 +108,16 @@ def test_what_cannot_join_is_refused_and_starts_nothing(running: Cluster) -> Non
     before = {process.name for process in running.processes}
     for words, code, said in (
         (("../x", "--region", "US"), 2, "bad_name"),
+        (("monitor", "--region", "US"), 2, "bad_name"),
+        (("us1-db", "--region", "US"), 2, "bad_name"),
         (("us1", "--region", "EU"), 5, "shard_exists"),
+        (("cern1", "--region", "US"), 5, "name_taken"),
+        (("far1", "--region", "CERN"), 5, "name_taken"),
         (("far1", "--link", "127.0.0.1:1"), 4, "shard_down"),
         (("far1", "--link", "nowhere"), 2, "bad_address"),
     ):
         done = running.culm("shard", "add", *words)
         assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+        if words[0] != "us1":
+            assert not running.layout.data(words[0]).exists()
     assert {process.name for process in running.processes} == before

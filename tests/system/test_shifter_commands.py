@@ -36,15 +36,33 @@ def test_top_names_a_shard_that_gives_no_answer(running: Cluster) -> None:
     os.kill(pid, signal.SIGSTOP)
     try:
         done = running.culm("top", "--once")
+        partial = [
+            running.culm(*words, *more)
+            for words in (("counts",), ("job", "list"), ("errors",), ("pile-ups",), ("pilot", "list"))
+            for more in ((), ("-o", "json"))
+        ]
     finally:
         os.kill(pid, signal.SIGCONT)
     assert done.returncode == 0
     assert "no answer from eu1: shown as last heard" in done.stdout
+    # What is printed is not all there is, and a script sees that.
+    assert [(one.returncode, "no answer from eu1" in one.stderr) for one in partial] == [(4, True)] * len(partial)
+    assert all(one.stdout for one in partial)
 
     def back() -> bool:
         return "no answer" not in running.culm("top", "--once").stdout
 
     eventually_sync(back, DEADLINE_S, what="it answers again")
+
+
+def test_a_new_cluster_has_a_history_and_a_diff(running: Cluster) -> None:
+    rows = decoded(running.culm("topology", "history", "-o", "json"))
+    assert (rows[-1]["from_epoch"], rows[-1]["to_epoch"], rows[-1]["reason"]) == (0, 1, "a new cluster")
+    shown = decoded(running.culm("topology", "show", "-o", "json"))
+    assert rows[0]["to_epoch"] == next(one["epoch"] for one in shown if one["authority"] == "central")
+    assert running.culm("topology", "diff").returncode == 0
+    done = running.culm("topology", "restore", "--plan")
+    assert (done.returncode, "nothing to put back" in done.stdout) == (0, True), done.stderr
 
 
 @contextlib.contextmanager

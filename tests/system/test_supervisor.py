@@ -8,6 +8,7 @@ import stat
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,9 @@ class World:
         self.layout.logs.mkdir(parents=True)
         self.program = folder / "service"
         self.install()
-        process = Process("us1", [str(self.program), str(folder)], f"unix:{folder / 'socket'}", 0, ready_s=ready_s)
-        self.supervisor = Supervisor(self.layout, [process], PACE)
+        argv = [str(self.program), str(folder)]
+        self.process = Process("us1", argv, f"unix:{folder / 'socket'}", 0, ready_s=ready_s)
+        self.supervisor = Supervisor(self.layout, [self.process], PACE)
 
     def install(self) -> None:
         """Put the program there."""
@@ -175,6 +177,37 @@ async def test_a_first_start_that_fails_is_told_with_its_reason(folder: Path) ->
     made.program.unlink()
     assert await made.supervisor.run() == 1
     assert (made.told().phase, "us1 cannot start" in made.told().failure) == ("failed", True)
+
+
+async def test_a_shard_that_does_not_come_up_keeps_nobody_down(folder: Path) -> None:
+    made, bad, slow = (World(folder / name, ready_s=DEADLINE_S) for name in ("good", "bad", "slow"))
+    bad.program.unlink()
+    slow.has("deaf")
+    processes = [
+        replace(made.process, name="router"),
+        replace(bad.process, name="us1-db", part="us1"),
+        replace(made.process, name="us1", wave=1, part="us1", argv=["/bin/false"]),
+        replace(slow.process, name="eu1-db", part="eu1"),
+    ]
+    supervisor = Supervisor(made.layout, processes, replace(PACE, patience_s=0.2))
+    task = asyncio.create_task(supervisor.run())
+
+    def states() -> dict[str, str]:
+        return {one.name: one.state for one in made.told().processes} if made.layout.status.exists() else {}
+
+    try:
+        await eventually(lambda: bool(states()) and made.told().phase == "up", DEADLINE_S, what="it is up")
+        assert (states()["router"], states()["eu1-db"]) == ("up", "starting")
+        await eventually(lambda: "restarting" in states()["us1-db"], DEADLINE_S, what="the bad one is tried again")
+        bad.install()
+        await eventually(lambda: states()["us1-db"] == "up", DEADLINE_S, what="it comes up when it can")
+        await eventually(lambda: "ended with 1" in states()["us1"], DEADLINE_S, what="what needs it is begun too")
+        supervisor.stop()
+        assert await asyncio.wait_for(task, DEADLINE_S) == 0
+        assert not any(_runs(one.pid()) for one in (made, bad, slow))
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_the_logs_of_a_chatty_process_are_bounded_while_it_runs(folder: Path) -> None:

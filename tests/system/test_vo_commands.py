@@ -37,6 +37,23 @@ def test_a_policy_is_set_shown_obeyed_and_taken_back(running: Cluster) -> None:
     assert decoded(running.culm("vo", "list", "-o", "json"))["central"] == {}
 
 
+def test_a_known_site_added_again_keeps_what_its_computing_queue_was(running: Cluster) -> None:
+    def queue() -> dict[str, object]:
+        shown: dict[str, object] = decoded(running.culm("site", "show", "DESY", "-o", "json"))["queues"]["DESY-q"]
+        return shown
+
+    assert running.culm("site", "set", "DESY-q", "heartbeat_s=1800", "default_memory_mb=2000").returncode == 0
+    eventually_sync(lambda: queue()["heartbeat_s"] == 1800, DEADLINE_S, what="it is shown")
+    before = queue()
+    try:
+        for words, changed in ((), {}), (("cores=16",), {"cores": 16}), (("cores=8",), {}):
+            done = running.culm("site", "add", "DESY", "--region", "EU", *words)
+            assert done.returncode == 0, done.stderr
+            eventually_sync(lambda: queue() == before | changed, DEADLINE_S, what=f"what {words} leaves")  # noqa: B023
+    finally:
+        assert running.culm("site", "set", "DESY-q", "heartbeat_s=0", "default_memory_mb=0").returncode == 0
+
+
 def test_a_submit_that_nobody_can_run_prints_its_ids_and_beside_them_why(running: Cluster) -> None:
     done = running.culm("job", "submit", "--site", "BNL", "--cores", "4096", "--count", "3", "--", "true")
     ids = done.stdout.split()

@@ -2,18 +2,23 @@
 
 import json
 import re
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from culm import __version__, topology_store
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.states import State
 from culm.tokens import Verifier
 from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
-from ops.cli import culm, exits
+from culm.topology_store import Who
+from ops.cli import culm, demo, exits
 from ops.cluster import control
 from ops.cluster.layout import Layout
 
@@ -230,6 +235,29 @@ def test_a_token_that_can_do_something_is_issued_and_what_matches_nothing_now_is
     assert re.findall(r"matches '([^']+)'", told.stderr) == warned
 
 
+def test_a_token_is_issued_where_only_its_own_authority_has_a_home(tmp_path: Path) -> None:
+    home = Layout(tmp_path).home("CERN")
+    home.ring.ensure()
+    section = Section(
+        authority="CERN",
+        epoch=1,
+        shards={"cern1": Shard(link="unix:/cern1")},
+        regions={"CERN": Region(slot=12_288, shards=["cern1"])},
+        placement={12_288: Placement("cern1", 1)},
+    )
+    sites = [SiteRegistration(name="CERN-PROD", region="CERN", queues={"CERN-PROD-q": Queue()})]
+    topology_store.create(home.topology, register_sites(section, sites))
+    words = ("token", "issue", "pilot", "p", "--queue", "CERN*", "--queue", "BNL*", "--authority", "CERN")
+    told = _run(*words, folder=tmp_path)
+    assert told.exit_code == 0, told.exception
+    assert re.findall(r"matches '([^']+)'", told.stderr) == ["BNL*"]
+
+
+def test_the_demo_counts_the_jobs_whose_shard_is_silent() -> None:
+    assert demo.told(Counter({State.FINISHED: 60})) == "60 jobs: 60 finished"
+    assert demo.told(Counter({State.FINISHED: 40})) == "60 jobs: 40 finished, 20 whose shard gives no answer"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_a_script_for_the_shell(shell: str, tmp_path: Path) -> None:
     told = _run("completion", shell, folder=tmp_path)
@@ -272,3 +300,82 @@ def test_bad_settings_name_the_file_and_the_key(service: str, text: str, message
     assert told.exception.code == "bad_settings"
     assert str(path) in told.exception.message
     assert message in told.exception.message
+
+
+# --- the topology's past ---------------------------------------------------------------------------------------------
+
+OPERATOR = Who(actor="central:operator", reason="a new cluster", at=1.0)
+
+
+@pytest.fixture
+def topology(tmp_path: Path) -> Path:
+    """The topology of a cluster that was up: UTA was registered after the first section."""
+    folder = Layout(tmp_path).topology
+    topology_store.create(
+        folder,
+        Section(
+            authority="central",
+            epoch=1,
+            shards={"us1": Shard(link="unix:/us1")},
+            regions={"US": Region(slot=0, shards=["us1"])},
+            placement={0: Placement("us1", 1)},
+        ),
+        OPERATOR,
+    )
+    uta = SiteRegistration(name="UTA", region="US", queues={})
+    topology_store.change(folder, "central", lambda section: register_sites(section, [uta]), OPERATOR)
+    return folder
+
+
+def test_the_first_section_has_a_history_and_a_diff(topology: Path, tmp_path: Path) -> None:
+    rows = json.loads(_run("topology", "history", "-o", "json", folder=tmp_path).stdout)
+    assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(1, 2), (0, 1)]
+    assert "+ sites.UTA.region" in _run("topology", "diff", folder=tmp_path).stdout
+    told = _run("topology", "diff", "0", "1", folder=tmp_path)
+    assert "central, epoch 0 -> 1" in told.stdout
+    assert "+ shards.us1.link" in told.stdout
+
+
+def test_a_section_of_which_nothing_is_recorded_agrees_with_itself(topology: Path, tmp_path: Path) -> None:
+    shutil.rmtree(topology / topology_store.HISTORY)
+    (topology / topology_store.AUDIT).unlink()
+    told = _run("topology", "history", folder=tmp_path)
+    assert told.stdout == "nothing is recorded of the section of central, which is at epoch 2\n"
+    assert "central, epoch 0 -> 2" in _run("topology", "diff", folder=tmp_path).stdout
+
+
+def test_a_lost_section_is_put_back_by_a_command_with_a_plan(topology: Path, tmp_path: Path) -> None:
+    (topology / "central.json").unlink()
+    planned = _run("topology", "restore", "--plan", folder=tmp_path)
+    assert planned.exit_code == 0
+    assert "would put back" in planned.stdout
+    assert not (topology / "central.json").exists()
+    done = json.loads(_run("topology", "restore", "--reason", "disk full", "-o", "json", folder=tmp_path).stdout)
+    assert (done["from_epoch"], done["to_epoch"], done["planned"]) == (2, 3, False)
+    [row] = topology_store.changes(topology, "central", 1)
+    assert (row.from_epoch, row.to_epoch, row.reason) == (2, 3, "put back: disk full")
+    assert row.actor.startswith("local:")
+    again = _run("topology", "restore", folder=tmp_path)
+    assert again.stdout == "the section of central is whole at epoch 3: nothing to put back\n"
+
+
+def test_an_older_copy_is_put_back_past_what_the_other_home_knows(topology: Path, tmp_path: Path) -> None:
+    cern = Layout(tmp_path).home("CERN").topology
+    cern.mkdir(parents=True)
+    section = topology_store.load_section(topology, "central")
+    topology_store.adopt(cern, msgspec.structs.replace(section, epoch=9))
+    old = topology / topology_store.HISTORY / "central-1.json"
+    told = _run("topology", "restore", "--from", str(old), folder=tmp_path)
+    assert told.exit_code == 0
+    assert "(epoch 1) as epoch 10 of central" in told.stdout
+    assert "- sites.UTA.region" in told.stdout
+    after = topology_store.load_section(topology, "central")
+    assert (after.epoch, after.placement) == (10, section.placement)
+
+
+def test_a_copy_of_another_authority_is_not_put_back(topology: Path, tmp_path: Path) -> None:
+    source = topology / topology_store.HISTORY / "central-1.json"
+    told = _run("topology", "restore", "--authority", "CERN", "--from", str(source), folder=tmp_path)
+    assert isinstance(told.exception, ClientFault)
+    assert told.exception.code == "other_authority"
+    assert not Layout(tmp_path).home("CERN").topology.exists()

@@ -4,8 +4,12 @@ import os
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from culm import topology_store
+from culm.topology import Placement, Region, Section, Shard, set_ban
+from culm.topology_store import Who
 from culm.wire import Principal
 from ops.cluster.layout import Layout
 from ops.doctor import databases, examine, machine
@@ -152,3 +156,65 @@ def test_a_broken_topology_and_broken_settings_are_bad(tmp_path: Path) -> None:
     assert len(bad) == 2
     assert "central.json" in bad[0]
     assert "us1.toml" in bad[1]
+
+
+# --- the topology ----------------------------------------------------------------------------------------------------
+
+
+def section() -> Section:
+    return Section(
+        authority="central",
+        epoch=1,
+        shards={"us1": Shard(link="unix:/us1")},
+        regions={"US": Region(slot=0, shards=["us1"])},
+        placement={0: Placement("us1", 1)},
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Layout:
+    """The centre's home, whose section was changed once."""
+    layout = Layout(tmp_path, 1)
+    topology_store.create(layout.topology, section())
+    topology_store.change(
+        layout.topology, "central", lambda one: set_ban(one, "central:ann", "x"), Who(actor="a", reason="", at=1.0)
+    )
+    return layout
+
+
+def _of_topology(home: Layout) -> Check:
+    [check] = [check for check in examine([home]) if check.name == "topology of central"]
+    return check
+
+
+def test_a_good_topology_is_well(home: Layout) -> None:
+    assert _of_topology(home).level == "ok"
+
+
+@pytest.mark.parametrize("damage", ["lost", "broken", "older", "a copy of the peer is newer", "a copy differs"])
+def test_a_section_that_is_lost_or_steps_back_is_to_be_put_back_by_the_command(home: Layout, damage: str) -> None:
+    path = home.topology / "central.json"
+    cern = home.home("CERN").topology
+    now = topology_store.load_section(home.topology, "central")
+    match damage:
+        case "lost":
+            path.unlink()
+        case "broken":
+            path.write_bytes(b"{")
+        case "older":
+            path.write_bytes((home.topology / "history" / "central-1.json").read_bytes())
+        case "a copy of the peer is newer":
+            cern.mkdir(parents=True)
+            topology_store.adopt(cern, msgspec.structs.replace(now, epoch=3))
+        case _:
+            cern.mkdir(parents=True)
+            topology_store.adopt(cern, msgspec.structs.replace(now, banned={}))
+    check = _of_topology(home)
+    assert check.level == "bad"
+    assert check.advice.startswith("culm topology restore --plan ")
+
+
+def test_a_broken_copy_is_not_to_be_put_back(home: Layout) -> None:
+    (home.topology / "CERN.json").write_bytes(b"{")
+    check = _of_topology(home)
+    assert (check.level, "restore" in check.advice) == ("bad", False)

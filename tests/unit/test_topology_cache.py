@@ -7,18 +7,35 @@ import msgspec
 import pytest
 
 from culm.errors import ClientFault, Conflict
-from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, set_queue
+from culm.put_back import Copy
+from culm.telemetry import TOPOLOGY_REFUSED
+from culm.topology import (
+    CENTRAL,
+    Placement,
+    Queue,
+    Region,
+    Section,
+    Shard,
+    Site,
+    SiteRegistration,
+    register_sites,
+    set_queue,
+)
 from culm.topology_store import (
     AUDIT,
+    HISTORY,
+    Change,
     TopologyCache,
     Who,
     adopt,
     change,
     changes,
     create,
+    forerunner,
     load,
     load_epoch,
     load_section,
+    restore,
 )
 
 WHO = Who(actor="central:root", reason="a test", at=1.0)
@@ -79,11 +96,14 @@ def test_the_past_can_be_read_newest_change_first(folder: Path) -> None:
         file.write(b'{"authority": "cen')
     assert [(row.to_epoch, row.reason) for row in changes(folder, CENTRAL, 10)] == [(3, "again"), (2, "a test")]
     assert [row.to_epoch for row in changes(folder, CENTRAL, 1)] == [3]
+    # A half line takes no other row with it.
+    change(folder, CENTRAL, offline, replace(WHO, reason="after it"))
+    assert [row.reason for row in changes(folder, CENTRAL, 10)] == ["after it", "again", "a test"]
     assert changes(folder, "CERN", 10) == []
     assert load_epoch(folder, CENTRAL, 1) == central()
-    assert load_epoch(folder, CENTRAL, 3) == load_section(folder, CENTRAL)
+    assert load_epoch(folder, CENTRAL, 4) == load_section(folder, CENTRAL)
     with pytest.raises(ClientFault, match="unknown_epoch"):
-        load_epoch(folder, CENTRAL, 4)
+        load_epoch(folder, CENTRAL, 5)
 
 
 def test_a_change_that_changes_nothing_leaves_no_trace(folder: Path) -> None:
@@ -161,9 +181,20 @@ def test_what_another_authority_places_on_a_shard_that_is_passed_over_is_nowhere
 def test_an_older_copy_never_replaces_a_newer_one(folder: Path) -> None:
     newer = replace(cern(), epoch=3, default_region="CERN")
     assert adopt(folder, newer)
-    assert not adopt(folder, replace(cern(), epoch=2))
+    with pytest.raises(Conflict, match="stepped_back"):
+        adopt(folder, replace(cern(), epoch=2))
     assert not adopt(folder, newer)
     assert load_section(folder, "CERN") == newer
+
+
+def test_another_content_at_the_same_epoch_is_no_copy(folder: Path) -> None:
+    done = []
+    with pytest.raises(Conflict, match="epoch_differs"):
+        adopt(folder, replace(cern(), default_region="CERN"), lambda: done.append("keys"))
+    assert load_section(folder, "CERN") == cern()
+    assert done == []
+    assert not adopt(folder, cern(), lambda: done.append("keys"))
+    assert done == ["keys"]
 
 
 def test_a_copy_that_is_broken_is_replaced_and_a_bad_section_is_not_kept(folder: Path) -> None:
@@ -226,6 +257,147 @@ def test_a_folder_that_is_not_there_yet_is_found_later(tmp_path: Path) -> None:
     assert cache.current.epochs == {CENTRAL: 1}
 
 
+# --- a section that steps back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "laid_over",
+    [central(), replace(offline(central()), default_region="US")],
+    ids=["an older epoch", "the same epoch, other content"],
+)
+def test_a_section_that_steps_back_is_said_counted_and_not_believed(
+    folder: Path, laid_over: Section, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = change(folder, CENTRAL, offline, WHO)
+    cache = TopologyCache(folder)
+    counted = TOPOLOGY_REFUSED.labels(CENTRAL)._value.get()
+    _overwrite(folder / "central.json", msgspec.json.encode(laid_over))
+    change(folder, "CERN", lambda section: replace(section, epoch=2, default_region="CERN"), WHO)
+    cache.refresh_if_changed()
+    assert cache.current.sections[CENTRAL] == now
+    assert cache.current.epochs["CERN"] == 2
+    assert TOPOLOGY_REFUSED.labels(CENTRAL)._value.get() == counted + 1
+    assert [record.levelname for record in caplog.records if "stays at epoch 2" in record.message] == ["ERROR"]
+
+
+def test_nothing_is_built_on_a_section_that_stepped_back(folder: Path) -> None:
+    change(folder, CENTRAL, registering("UTA"), WHO)
+    _overwrite(folder / "central.json", (folder / HISTORY / "central-1.json").read_bytes())
+    with pytest.raises(Conflict, match="culm topology restore"):
+        change(folder, CENTRAL, registering("MWT2"), WHO)
+    assert load_section(folder, CENTRAL) == central()
+
+
+# --- putting a section back -------------------------------------------------------------------------------------------
+
+
+def registering(name: str) -> Callable[[Section], Section]:
+    """The edit that registers a site: its slot is the next one."""
+    return lambda section: register_sites(section, [SiteRegistration(name=name, region="US", queues={})])
+
+
+def slot_of(section: Section, site: str) -> int:
+    return section.sites[site].slots[0]
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{", b'{"authority": "central"}'], ids=str)
+def test_a_section_that_is_lost_is_put_back_whole_at_a_new_epoch(folder: Path, damage: bytes | None) -> None:
+    lost = change(folder, CENTRAL, registering("UTA"), WHO)
+    (folder / "central.json").unlink()
+    if damage is not None:
+        (folder / "central.json").write_bytes(damage)
+    done = restore(folder, CENTRAL, replace(WHO, reason="the disk was full"))
+    assert done.before is None
+    assert done.after.epoch == 3
+    assert replace(done.after, epoch=2, last_slot=-1) == lost
+    assert load_section(folder, CENTRAL) == done.after
+    assert [(row.from_epoch, row.to_epoch, row.reason) for row in changes(folder, CENTRAL, 1)] == [
+        (2, 3, "the disk was full")
+    ]
+    assert [path.read_bytes() for path in folder.glob("*.broken")] == ([] if damage is None else [damage])
+    assert change(folder, CENTRAL, registering("MWT2"), WHO).sites["MWT2"].slots == [3]
+
+
+def test_no_epoch_and_no_slot_is_given_out_again_after_an_older_copy_is_put_back(folder: Path) -> None:
+    first = change(folder, CENTRAL, registering("UTA"), WHO)
+    done = restore(folder, CENTRAL, WHO, kept=Copy("an old copy", central()))
+    assert done.after.epoch == 3
+    assert "UTA" not in done.after.sites
+    # Its jobs are there, and stay readable.
+    assert done.after.placement == first.placement
+    again = change(folder, CENTRAL, registering("MWT2"), WHO)
+    assert again.epoch == 4
+    assert slot_of(again, "MWT2") == slot_of(first, "UTA") + 1
+    cache = TopologyCache(folder)
+    assert cache.current.place(slot_of(first, "UTA")).shard == "us1"
+
+
+def test_what_others_know_counts_too(folder: Path) -> None:
+    theirs = replace(registering("UTA")(central()), epoch=7)
+    done = restore(folder, CENTRAL, WHO, kept=Copy("an old copy", central()), others=[Copy("CERN", theirs)])
+    assert (done.after.epoch, 2 in done.after.placement) == (8, True)
+    # Without a choice the newest is put back, wherever it was found.
+    (folder / "central.json").unlink()
+    assert restore(folder, CENTRAL, WHO, others=[Copy("CERN", replace(theirs, epoch=20))]).kept.where == "CERN"
+
+
+def test_slots_that_only_the_audit_knows_are_not_given_out_again(folder: Path) -> None:
+    first = change(folder, CENTRAL, registering("UTA"), WHO)
+    for path in (folder / "central.json", folder / HISTORY / "central-2.json"):
+        path.unlink()
+    done = restore(folder, CENTRAL, WHO)
+    assert (done.after.epoch, done.kept.section) == (3, central())
+    assert slot_of(change(folder, CENTRAL, registering("MWT2"), WHO), "MWT2") == slot_of(first, "UTA") + 1
+
+
+def test_where_nothing_says_which_slots_were_given_out_it_is_asked_for(folder: Path) -> None:
+    with (folder / AUDIT).open("ab") as file:
+        file.write(
+            msgspec.json.encode(
+                Change(authority=CENTRAL, from_epoch=1, to_epoch=2, actor="central:root", reason="", at=1.0)
+            )
+            + b"\n"
+        )
+    before = (folder / "central.json").read_bytes()
+    with pytest.raises(Conflict, match="slots_unknown"):
+        restore(folder, CENTRAL, WHO)
+    assert (folder / "central.json").read_bytes() == before
+    assert restore(folder, CENTRAL, WHO, last_slot=40).after.epoch == 3
+    assert slot_of(change(folder, CENTRAL, registering("MWT2"), WHO), "MWT2") == 41
+
+
+def test_a_plan_and_a_whole_section_change_nothing(folder: Path) -> None:
+    now = change(folder, CENTRAL, offline, WHO)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert restore(folder, CENTRAL, WHO).after is not None
+    planned = restore(folder, CENTRAL, WHO, kept=Copy("an old copy", central()), only_plan=True)
+    assert (planned.before, planned.after.epoch) == (now, 3)
+    done = restore(folder, CENTRAL, WHO)
+    assert done.after is done.before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+
+def test_a_lost_section_is_not_made_anew(folder: Path) -> None:
+    change(folder, CENTRAL, offline, WHO)
+    (folder / "central.json").unlink()
+    with pytest.raises(Conflict, match="section_lost"):
+        create(folder, central())
+    assert not (folder / "central.json").exists()
+
+
+def test_there_is_nothing_to_put_back_where_no_copy_is(tmp_path: Path) -> None:
+    with pytest.raises(ClientFault, match="no_copy"):
+        restore(tmp_path / "topology", CENTRAL, WHO)
+
+
+def test_the_first_section_is_a_row_of_the_history_too(tmp_path: Path) -> None:
+    create(tmp_path / "topology", central(), replace(WHO, reason="a new cluster"))
+    [row] = changes(tmp_path / "topology", CENTRAL, 10)
+    assert (row.from_epoch, row.to_epoch, row.reason) == (0, 1, "a new cluster")
+    change(tmp_path / "topology", CENTRAL, offline, WHO)
+    assert [forerunner(tmp_path / "topology", CENTRAL, epoch) for epoch in (2, 1)] == [1, 0]
+
+
 # --- fields that no section can carry ---------------------------------------------------------------------------------
 
 
@@ -257,3 +429,9 @@ def _overwrite(path: Path, content: bytes) -> None:
     beside = path.with_suffix(".tmp")
     beside.write_bytes(content)
     beside.replace(path)
+
+
+def test_a_copy_of_another_authority_that_is_broken_hinders_no_change(folder: Path) -> None:
+    _overwrite(folder / "CERN.json", b"{")
+    _overwrite(folder / "central-old.json", b"{")
+    assert change(folder, CENTRAL, offline, WHO).epoch == 2
