@@ -76,7 +76,14 @@ async def own_jobset(home: Layout, token: str) -> AsyncIterator[int]:
 
 async def _end_jobs(home: Layout, token: str, jobset: int) -> None:
     async with Client(home.router_url, token, patience_s=CLEAR_S) as client:
-        await client.cancel_jobset(jobset)
+        deadline = time.monotonic() + CLEAR_S
+        while missing := (await client.cancel_jobset(jobset)).missing_shards:
+            # One that was stopped a moment ago is not yet heard again.
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    "shard_down", f"jobs of the run are left on {', '.join(missing)}: culm jobset kill {jobset}"
+                )
+            await asyncio.sleep(SAMPLE_S)
 
 
 async def targets(folder: Path, scenario: Scenario, valid_s: float) -> list[Target]:

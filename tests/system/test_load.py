@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -135,6 +136,39 @@ def test_a_shard_that_joins_under_load_takes_its_share(loaded: Cluster) -> None:
     again = _run(loaded, "smoke", "--seconds", "4")
     assert next(row for row in again["rows"] if row["name"] == "getJob [load1]")["n_ok"] > 0
     assert loaded.audit() == []
+
+
+def test_a_run_that_is_interrupted_lets_go_on_what_it_stopped_and_leaves_no_jobs(loaded: Cluster) -> None:
+    running = subprocess.Popen(
+        [CULM, "load", "run", "herd", "--seconds", "24", "--users", "5"],
+        env=os.environ | {"CULM_DIR": str(loaded.layout.folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,  # noqa: PLW1509  # one call, no Python state
+    )
+    try:
+        eventually_sync(lambda: _is_stopped(loaded, "us1"), RUN_S, what="us1 is stopped")
+        running.send_signal(signal.SIGINT)
+        told = running.communicate(timeout=RUN_S)[1]
+    finally:
+        running.kill()
+        running.communicate()
+    assert (running.returncode, "interrupted" in told, "Traceback" in told) == (130, True, False), told
+    assert not any(_is_stopped(loaded, shard) for shard in ("us1", "eu1", "cern1"))
+    eventually_sync(lambda: _n_ready(loaded) == 0, RUN_S, what="no job waits")
+
+
+def _is_stopped(loaded: Cluster, name: str) -> bool:
+    status = Path(f"/proc/{loaded.one(name).pid}/stat").read_text(encoding="utf-8")
+    return status.rpartition(")")[2].split()[0] == "T"
+
+
+def _n_ready(loaded: Cluster) -> int:
+    done = loaded.culm("counts", "-o", "json")
+    # 4: a shard was not heard just now.
+    return json.loads(done.stdout)["total"].get("activated", 0) if done.returncode == 0 else -1
 
 
 def test_a_shard_that_does_not_run_cannot_be_killed(loaded: Cluster) -> None:
