@@ -31,13 +31,12 @@ async def merged_jobs(
     It may be short while more is to come: a shard looks at a bounded number of rows. What a missing shard has is
     missing from the walk too. The caller has checked the role.
 
-    Raises ClientFault (unknown_site, unknown_region, bad_request). Safe to retry: yes.
+    Raises ClientFault (unknown_site, unknown_region, bad_target, bad_request). Safe to retry: yes.
     """
     _check_cursor(query)
     if query.owner and access.authority_of(query.owner) not in SLOT_BLOCKS:
         query = msgspec.structs.replace(query, owner=f"{principal.authority}:{query.owner}")
-    by_shard = resolve(lambda topology: _slots_of_query(topology, query))
-    calls = [(shard, ShardJobs(principal=principal, query=query, slots=slots)) for shard, slots in by_shard.items()]
+    calls = list(resolve(lambda topology: _calls_of_query(topology, principal, query)).items())
     answers = await links.ask_many(calls, "jobs", JobsAnswer, deadline_s)
     missing = [shard for (shard, _), answer in zip(calls, answers, strict=True) if isinstance(answer, CulmError)]
     pages = [answer for answer in answers if not isinstance(answer, CulmError)]
@@ -78,9 +77,16 @@ def _newest(pages: Sequence[JobsAnswer], limit: int, missing: list[str]) -> Jobs
     return JobsAnswer(jobs=whole, before=words_of(known_to) if known_to is not None else None, missing_shards=missing)
 
 
-def _slots_of_query(topology: Topology, query: JobsQuery) -> dict[str, list[int]]:
+def _calls_of_query(topology: Topology, principal: Principal, query: JobsQuery) -> dict[str, ShardJobs]:
+    """By shard. A site's jobs are those that wait in its slots, and those of its region that ran there."""
+    queues: list[str] = []
+    also: list[int] = []
     if query.site:
-        slots = list(topology.site(query.site).slots)
+        site = topology.site(query.site)
+        if query.region not in ("", site.region):
+            raise ClientFault("bad_target", f"site {query.site} belongs to region {site.region}, not to {query.region}")
+        slots = list(site.slots)
+        queues, also = sorted(site.queues), [topology.region(site.region).slot]
     elif query.region:
         region = topology.region(query.region)
         slots = [
@@ -88,8 +94,13 @@ def _slots_of_query(topology: Topology, query: JobsQuery) -> dict[str, list[int]
             *(s for site in topology.sites.values() if site.region == query.region for s in site.slots),
         ]
     else:
-        return {shard: [] for shard in topology.shards}
-    by_shard: dict[str, list[int]] = {}
-    for slot in slots:
-        by_shard.setdefault(topology.place(slot).shard, []).append(slot)
-    return by_shard
+        return {shard: ShardJobs(principal=principal, query=query) for shard in topology.shards}
+    calls: dict[str, ShardJobs] = {}
+    for wanted, kind in ((slots, "slots"), (also if queues else [], "also")):
+        for slot in wanted:
+            call = calls.setdefault(
+                topology.place(slot).shard,
+                ShardJobs(principal=principal, query=query, slots=[], also=[], queues=queues),
+            )
+            getattr(call, kind).append(slot)
+    return calls

@@ -200,7 +200,7 @@ class ArchiveSettings(Settings, frozen=True, kw_only=True):
     after_s: Annotated[float, Meta(ge=0, le=1e9)] = 259_200.0
     """So long after they ended; PanDA's three days. 0: never."""
     batch: Annotated[int, Meta(ge=1, le=1000)] = 50
-    """Jobs in one transaction."""
+    """Jobs of a slot in one turn, in as many transactions as their bytes need."""
     interval_s: Seconds = 0.25
     """Between two batches of a slot."""
 

@@ -708,6 +708,9 @@ class ShardJobs(msgspec.Struct, frozen=True, kw_only=True):
     principal: Principal
     query: JobsQuery
     slots: list[int] = []
+    also: list[int] = []
+    """Slots of which only the jobs are wanted that ran, or run, at these computing queues."""
+    queues: list[str] = []
 
 
 class ShardPileUps(msgspec.Struct, frozen=True, kw_only=True):
@@ -842,6 +845,8 @@ class ShardArchive(msgspec.Struct, frozen=True, kw_only=True):
     principal: Principal
     older_s: float | None = None
     drop: str = ""
+    exported: int | None = None
+    """The partition must have so many jobs to be dropped; None: any number."""
 
 
 class ShardArchiveAnswer(Answer, frozen=True, kw_only=True):
@@ -860,6 +865,8 @@ class ArchiveRequest(Request, frozen=True, kw_only=True):
     drop: OptionalName = ""
     shard: OptionalName = ""
     """"" for all of this authority."""
+    exported: Annotated[dict[Name, Annotated[int, Meta(ge=0, le=MAX_JOB_ID)]], Meta(max_length=1000)] | None = None
+    """By shard, how many jobs the partition must have to be dropped: what an export of it has; None: any number."""
 
 
 class ArchiveAnswer(Answer, frozen=True, kw_only=True):
@@ -867,6 +874,8 @@ class ArchiveAnswer(Answer, frozen=True, kw_only=True):
 
     shards: list[ShardArchiveAnswer]
     missing_shards: list[str] = []
+    why_missing: dict[str, str] = {}
+    """By shard of those, code and message."""
 
 
 class ShardExport(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,7 +33,8 @@ async def export(forward: Forward, authority: str, principal: Principal, request
 async def archive(forward: Forward, authority: str, principal: Principal, request: ArchiveRequest) -> ArchiveAnswer:
     """Move a batch, drop a partition, or only show what there is.
 
-    Raises ClientFault (forbidden, unknown_shard; unknown_partition and partition_in_use where no shard did it).
+    Raises ClientFault (forbidden, unknown_shard; unknown_partition and partition_in_use where no shard did it),
+    Conflict(archive_changed) too.
     Safe to retry: yes.
     """
     _require_admin(principal, authority)
@@ -41,15 +42,26 @@ async def archive(forward: Forward, authority: str, principal: Principal, reques
     if request.shard and request.shard not in section.shards:
         raise _unknown_shard(authority, request.shard)
     names = [request.shard] if request.shard else sorted(section.shards)
-    call = ShardArchive(principal=principal, older_s=request.older_s, drop=request.drop)
-    answers = await forward.links.ask_many([(name, call) for name in names], "archive", ShardArchiveAnswer, DEADLINE_S)
+    calls = [
+        ShardArchive(
+            principal=principal,
+            older_s=request.older_s,
+            drop=request.drop,
+            exported=None if request.exported is None else request.exported.get(name, 0),
+        )
+        for name in names
+    ]
+    asked = list(zip(names, calls, strict=True))
+    answers = await forward.links.ask_many(asked, "archive", ShardArchiveAnswer, DEADLINE_S)
     errors = [answer for answer in answers if isinstance(answer, CulmError)]
     if len(errors) == len(answers):
         # Nobody did it: why is worth more than who, and a refusal more than "not here".
         raise min(errors, key=lambda error: (error.retryable, error.http_status == 404))
+    why = {name: str(answer) for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)}
     return ArchiveAnswer(
         shards=[answer for answer in answers if not isinstance(answer, CulmError)],
-        missing_shards=[name for name, answer in zip(names, answers, strict=True) if isinstance(answer, CulmError)],
+        missing_shards=list(why),
+        why_missing=why,
     )
 
 

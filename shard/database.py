@@ -19,7 +19,20 @@ from culm.errors import Bug, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from culm.wire import Happening, JobError
 from shard.counted import QUERY_TIMES, committed
-from shard.driver import DRIVER_ERRORS, LOST, RETRIED, Connection, broken, connect, errno, is_closed, mapped
+from shard.driver import (
+    DRIVER_ERRORS,
+    LOCK_WAIT,
+    LOST,
+    RETRIED,
+    Connection,
+    Cursor,
+    broken,
+    connect,
+    errno,
+    is_closed,
+    mapped,
+    too_large,
+)
 from shard.metrics import POOL_IN_USE, POOL_WAIT, RETRIES
 from shard.statements import STATEMENTS, Statement, expand, flatten
 
@@ -31,6 +44,7 @@ T = TypeVar("T")
 MAX_TRIES: Final = 6
 _WORD: Final = re.compile(r"[\w-]{1,32}")
 _UPTIME: Final = "SHOW GLOBAL STATUS LIKE 'Uptime'"
+_MAX_PACKET: Final = "SELECT @@max_allowed_packet"
 RESTART_S: Final = 2.0
 """Two looks at a server's start differ by less, for it counts whole seconds."""
 
@@ -61,7 +75,7 @@ class ChangedUnderfootError(Exception):
 class Transaction:
     """Statements by name on one connection. Made by Database; see `Database.run`."""
 
-    def __init__(self, connection: Connection, writer: int, statement_timeout_s: float) -> None:
+    def __init__(self, connection: Connection, writer: int, statement_timeout_s: float, max_packet_bytes: int) -> None:
         self.writer = writer
         self.happened: list[Happening] = []
         """To be told when this is committed."""
@@ -71,6 +85,7 @@ class Transaction:
         """Statements that were answered."""
         self._connection = connection
         self._timeout_s = statement_timeout_s
+        self._max_packet_bytes = max_packet_bytes
         self._statements = STATEMENTS
 
     def use(self, statements: dict[str, Statement]) -> None:
@@ -122,10 +137,14 @@ class Transaction:
                         n_rows = cursor.rowcount
                     wrong = wrong or step.must_find not in (None, n_rows)
                     answers.append(list(await cursor.fetchall()) if cursor.description else [])
-            except DRIVER_ERRORS:
+            except DRIVER_ERRORS as error:
                 # What followed from the first surprise is no news.
                 if not wrong:
+                    self._require_packet(cursor, (";\n".join(texts), flat), error)
                     raise
+            except (OSError, EOFError) as error:
+                self._require_packet(cursor, (";\n".join(texts), flat), error)
+                raise
             finally:
                 QUERY_TIMES[steps[0].name].observe(time.perf_counter() - began)
             self.n_done += len(steps)
@@ -133,29 +152,56 @@ class Transaction:
             raise ChangedUnderfootError
         return answers
 
-    async def alter(self, name: str, /, **words: str) -> None:
+    async def alter(self, name: str, timeout_s: float, /, **words: str) -> None:
         """Run a statement whose `:word`s are identifiers or dates, which cannot be parameters. It commits by itself.
 
-        Raises Bug for a word that is more than letters, digits, _ and -.
+        It waits a second for those who use the table, no longer: all who come after it wait behind it.
+        Raises Unavailable(table_busy), Bug for a word that is more than letters, digits, _ and -.
         """
         text = self._statements[name].head
         for key, word in words.items():
             if not _WORD.fullmatch(word):
                 raise Bug(f"{word!r} cannot be a part of {name}")
             text = text.replace(f":{key}", word)
-        await self._run(name, text, ())
+        await self.execute("wait_a_second")
+        try:
+            await self._run(name, text, (), timeout_s)
+        except DRIVER_ERRORS as error:
+            if errno(error) not in LOST:
+                await self.execute("wait_as_ever")
+            if errno(error) == LOCK_WAIT:
+                busy = "somebody reads this table for long (an audit, a dump)"
+                raise Unavailable("table_busy", busy, retry_after_s=10.0) from None
+            raise
+        await self.execute("wait_as_ever")
 
-    async def _run(self, name: str, sql: str, arguments: Sequence[Any]) -> tuple[int, list[Row]]:
+    async def _run(
+        self, name: str, sql: str, arguments: Sequence[Any], timeout_s: float | None = None
+    ) -> tuple[int, list[Row]]:
         began = time.perf_counter()
-        async with asyncio.timeout(self._timeout_s), self._connection.cursor() as cursor:
+        async with asyncio.timeout(timeout_s or self._timeout_s), self._connection.cursor() as cursor:
+            text, flat = expand(sql, arguments)
             try:
-                text, flat = expand(sql, arguments)
                 n_rows = await cursor.execute(text, flat or None)
                 rows = list(await cursor.fetchall()) if cursor.description else []
-                self.n_done += 1
-                return n_rows, rows
+            except (*DRIVER_ERRORS, OSError, EOFError) as error:
+                self._require_packet(cursor, (text, flat), error)
+                raise
             finally:
                 QUERY_TIMES[name].observe(time.perf_counter() - began)
+            self.n_done += 1
+            return n_rows, rows
+
+    def _require_packet(self, cursor: Cursor, sent: tuple[str, Sequence[Any]], error: Exception) -> None:
+        """Raises ClientFault(too_large) for a failed statement that is larger than the server takes.
+
+        It cuts the connection in the middle of one, which then looks as if the server were gone.
+        """
+        if isinstance(error, DRIVER_ERRORS) and errno(error) not in LOST:
+            return
+        text, arguments = sent
+        if len(cursor.mogrify(text, arguments or None).encode("utf-8", "surrogateescape")) >= self._max_packet_bytes:
+            raise too_large() from error
 
 
 class _StaleError(Exception):
@@ -180,6 +226,8 @@ class Database:
         """Called where it is not known whether such a transaction was committed."""
         self.generation = 0
         """Of connections; one that was lost makes those of before suspect, and they are made anew."""
+        self.max_packet_bytes = 0
+        """What the server takes in one packet, as the newest connection was told."""
         self._server_began: float | None = None
         n_claim, n_write = settings.claim_connections, settings.write_connections
         self._pools: dict[Pool, _Pool] = {
@@ -265,7 +313,7 @@ class _Pool:
             if connection is None or is_closed(connection):
                 generation, used = self.database.generation, False
                 connection = await self._connect()
-            transaction = Transaction(connection, writer, settings.statement_timeout_s)
+            transaction = Transaction(connection, writer, settings.statement_timeout_s, self.database.max_packet_bytes)
             yield transaction
             try:
                 async with asyncio.timeout(settings.statement_timeout_s):
@@ -337,9 +385,12 @@ class _Pool:
             async with asyncio.timeout(self.database.settings.connect_timeout_s), connection.cursor() as cursor:
                 await cursor.execute(_UPTIME)
                 [uptime] = await cursor.fetchall()
+                await cursor.execute(_MAX_PACKET)
+                [[max_packet_bytes]] = await cursor.fetchall()
         except BaseException:
             connection.close()
             raise
+        self.database.max_packet_bytes = int(max_packet_bytes)
         self.database.mark(reachable=True, uptime_s=float(uptime[1]))
         return connection
 

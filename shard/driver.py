@@ -19,11 +19,12 @@ import asyncmy
 import asyncmy.errors
 import pymysql.err
 
-from culm.errors import Bug, CulmError, Unavailable
+from culm.errors import Bug, ClientFault, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 
-RETRIED: Final = frozenset({1020, 1205, 1213})
-"""Snapshot conflict, lock wait timeout, deadlock: the transaction was rolled back, run it again."""
+LOCK_WAIT: Final = 1205
+RETRIED: Final = frozenset({1020, LOCK_WAIT, 1213, 1412})
+"""Snapshot conflict, lock wait timeout, deadlock, a table altered since the snapshot: run the transaction again."""
 LOST: Final = frozenset(
     {0, 1040, 1047, 1053, 1129, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 2002, 2003, 2006, 2013, 2014, 2055} | {4031}
 )
@@ -32,6 +33,8 @@ SLOW: Final = frozenset({1969, 3024})
 """The server ended a statement that took longer than it may."""
 FULL: Final = frozenset({1021, 1026, 1041, 1114, 3675})
 """Disk or table full."""
+TOO_LARGE: Final = frozenset({1153, 2020})
+"""A statement or an answer larger than the server's max_allowed_packet: it cuts the connection, but it is not gone."""
 DUPLICATE: Final = 1062
 EXISTS: Final = frozenset({1050, 1060, 1061})
 """The table, column or key that is to be made is there."""
@@ -64,6 +67,10 @@ class Cursor(Protocol):
 
     async def execute(self, query: str, args: Sequence[Any] | None = None) -> int:
         """Send a statement, or several; the first one's number of rows."""
+        ...
+
+    def mogrify(self, query: str, args: Sequence[Any] | None = None) -> str:
+        """The text that would be sent."""
         ...
 
     async def nextset(self) -> bool | None:
@@ -194,6 +201,8 @@ def mapped(error: Exception) -> CulmError | DuplicateKeyError:
         return Unavailable("database_down", "the partition's database does not answer")
     if number in SLOW:
         return Unavailable("database_slow", "the partition's database did not answer in time")
+    if number in TOO_LARGE:
+        return too_large()
     if number in FULL:
         full = Unavailable("storage_full", "the partition's database has no space left", retry_after_s=10.0)
         full.http_status = 507
@@ -211,6 +220,13 @@ def is_closed(connection: Connection) -> bool:
 def broken() -> Unavailable:
     """The error for a connection that is gone."""
     return Unavailable("database_down", "the connection to the partition's database broke")
+
+
+def too_large() -> ClientFault:
+    """The error for what does not fit into a packet of the server: it would not the next time either."""
+    return ClientFault(
+        "too_large", "more than one packet of the partition's database holds (max_allowed_packet)", http_status=413
+    )
 
 
 def _password(settings: DatabaseSettings) -> str:

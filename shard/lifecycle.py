@@ -31,7 +31,7 @@ from culm.wire import (
     ShardReport,
     SlotRef,
 )
-from shard.archive import ArchivedJob, find_archived
+from shard.archive import find_archived, find_archived_rows
 from shard.database import Database, Row, Transaction
 from shard.hints import Hint, Notices
 from shard.metrics import HUNG_UP_JOBS
@@ -265,8 +265,8 @@ class Lifecycle:
         await lock_slots(tx, self._slots_of(ids))
         locked = await lock_jobs(tx, ids)
         missing = [identifier for identifier in ids if identifier not in locked.jobs]
-        archived = await find_archived(tx, missing) if missing else {}
-        known = locked.jobs | {identifier: _archived_job(one) for identifier, one in archived.items()}
+        archived = await find_archived_rows(tx, missing)
+        known = locked.jobs | {identifier: _archived_job(row) for identifier, row in archived.items()}
         outcomes = {identifier: _cancel_outcome(principal, known.get(identifier)) for identifier in ids}
         requested = tuple(i for i, outcome in outcomes.items() if outcome == "requested")
         if requested:
@@ -363,10 +363,10 @@ async def _first_answer(tx: Transaction, request: ReportRequest) -> ReportAnswer
 
 async def _late(tx: Transaction, principal: Principal, identifier: int, attempt: int) -> CulmError:
     """What a pilot is told that speaks of a job which is not in the hot tables: as if it still were."""
-    archived = (await find_archived(tx, [identifier])).get(identifier)
-    if archived is None:
+    row = (await find_archived_rows(tx, [identifier])).get(identifier)
+    if row is None:
         return _unknown(identifier)
-    job = _archived_job(archived)
+    job = _archived_job(row)
     if not access.allows_queue(principal, job.queue, authority_of_slot(job.slot)):
         return access.forbidden(f"the token is not scoped for the computing queue {job.queue}")
     return _lease_lost(job, attempt)
@@ -378,7 +378,7 @@ async def _late_data(tx: Transaction, call: ShardReport, event: Event) -> Report
     archived = (await find_archived(tx, [identifier])).get(identifier)
     if archived is None:
         raise _unknown(identifier)
-    job = _archived_job(archived)
+    job = _archived_job(archived.row)
     if not access.may_speak_for_data(call.principal, **_of(job)):
         raise access.forbidden("only the data side (role production) of the job's VO may say this")
     if event in {one[2] for one in archived.events} or _leads_to(event, job.state):
@@ -386,9 +386,8 @@ async def _late_data(tx: Transaction, call: ShardReport, event: Event) -> Report
     raise Conflict("bad_transition", f"{event} is not possible for a job that is {job.state}")
 
 
-def _archived_job(archived: ArchivedJob) -> Job:
+def _archived_job(row: Sequence[Any]) -> Job:
     """The part that decides who may do what; it is final, so nothing of it can change."""
-    row = archived.row
     return Job(
         id=row[0],
         slot=row[1],

@@ -20,6 +20,7 @@ MAX_EXAMINED: Final = 5000
 """Rows that one list may look at in a shard."""
 MAX_RANGES: Final = 8
 """Slots that are looked at one by one; more are one range."""
+_NO_QUEUE: Final = "\0"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _Statements = tuple[tuple[str, str], tuple[str, str]]
@@ -116,8 +117,8 @@ def _walks(call: ShardJobs) -> list[tuple[_Statements, tuple[object, ...]]]:
     """The statements of the index to go by and its key; of few slots, each."""
     if call.query.owner:
         return [(_NEWEST_OF_OWNER, (call.query.owner,))]
-    if 1 <= len(call.slots) <= MAX_RANGES:
-        return [(_NEWEST_OF_SLOT, (slot,)) for slot in call.slots]
+    if 1 <= len(_slots(call)) <= MAX_RANGES:
+        return [(_NEWEST_OF_SLOT, (slot,)) for slot in _slots(call)]
     return [(_NEWEST, ())]
 
 
@@ -127,10 +128,14 @@ def _ranges(call: ShardJobs) -> list[tuple[_Statements, tuple[object, ...], int,
     first, last = query.after + 1, MAX_JOB_ID
     if query.jobset is not None:
         return [(_BY_JOBSET, (query.jobset,), first, last)]
-    ranges = [id_range(slot) for slot in sorted(call.slots)] or [(first, last)]
+    ranges = [id_range(slot) for slot in sorted(_slots(call))] or [(first, last)]
     if len(ranges) > MAX_RANGES:
         ranges = [(ranges[0][0], ranges[-1][1])]
     return [(_BY_ID, (), max(first, low), high) for low, high in ranges if high >= first]
+
+
+def _slots(call: ShardJobs) -> list[int]:
+    return [*call.slots, *call.also]
 
 
 def _span(call: ShardJobs) -> tuple[str, str]:
@@ -146,7 +151,7 @@ def _filters(call: ShardJobs) -> tuple[object, ...]:
     """The arguments of every list: a switch before each value."""
     query, who = call.query, call.principal
     state, jobset = query.state or "", query.jobset
-    of_slots = (int(bool(call.slots)), tuple(call.slots) or (0,))
+    of_slots = (int(bool(_slots(call))), tuple(call.slots) or (-1,), tuple(call.queues) or (_NO_QUEUE,))
     # The rule of access.may_read: no list shows what a read of the one would refuse.
     is_user = int(who.role == "user")
     of_admin = (1 - is_user, *slot_block(who.authority), f"{who.authority}:%")

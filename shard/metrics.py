@@ -57,6 +57,9 @@ SIGN_BATCHES: Final = _counter("culm_sign_batches_total", "Transactions of heart
 SIGNS_PENDING: Final = _gauge("culm_pending_signs", "Heartbeats and reports that wait for a transaction")
 SAMPLES_TAKEN: Final = _counter("culm_tally_samples_total", "Hours whose tallies were sampled")
 ARCHIVED: Final = _counter("culm_archived_jobs_total", "Jobs that went into the archive")
+NOT_ARCHIVED: Final = _counter(
+    "culm_archive_failures_total", "What the archive's pass had to leave: a slot this time, or a job", "what"
+)
 
 # --- the database
 

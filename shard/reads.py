@@ -28,7 +28,7 @@ from culm.wire import (
     ShardJob,
     SlotCount,
 )
-from shard.archive import ArchivedJob, find_archived
+from shard.archive import ArchivedJob, find_archived, find_archived_rows
 from shard.database import Database, Row
 
 _SPEC: Final = msgspec.msgpack.Decoder(JobSpec)
@@ -115,8 +115,7 @@ async def rows_of(database: Database, topology: Topology, ids: Sequence[int]) ->
     rows: dict[int, Sequence[Any]] = {row[0]: row for row in await _fetch(database, "read_job", tuple(ids))}
     rest = [identifier for identifier in ids if identifier not in rows]
     if rest:
-        archived = await database.run("user", lambda tx: find_archived(tx, rest))
-        rows |= {identifier: one.row for identifier, one in archived.items()}
+        rows |= await database.run("user", lambda tx: find_archived_rows(tx, rest))
     return [_job_row(rows[identifier], topology) for identifier in ids if identifier in rows]
 
 

@@ -170,7 +170,7 @@ class Verbs:
         access.require_role(call.principal, "admin")
         archive = self._cases.archive
         n_moved = await archive.move(call.older_s) if call.older_s is not None else 0
-        n_dropped = await archive.drop(call.drop, call.principal.account) if call.drop else 0
+        n_dropped = await archive.drop(call.drop, call.principal.account, call.exported) if call.drop else 0
         return ShardArchiveAnswer(
             shard=self._cases.name, n_moved=n_moved, n_dropped=n_dropped, partitions=await archive.partitions()
         )

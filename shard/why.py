@@ -17,7 +17,7 @@ from culm.matching import Offer, Requirements, refusals
 from culm.states import LEASED, UNREADY, State
 from culm.topology import Queue, Topology, authority_of_slot
 from culm.wire import Principal, QueueWhy, Reason, Refused, ShardJob, ShardSiteWhy, SiteWhyAnswer, WhyAnswer
-from shard.archive import find_archived
+from shard.archive import find_archived_rows
 from shard.askers import WINDOW_S, Askers
 from shard.classes import ClassRegistry
 from shard.database import Database, Row, Transaction
@@ -197,10 +197,9 @@ class Why:
 
     async def _archived(self, identifier: int) -> list[Row]:
         """The columns of `read_place` of a job that has ended long ago."""
-        found = (await self._database.run("user", lambda tx: find_archived(tx, [identifier]))).get(identifier)
-        if found is None:
+        row = (await self._database.run("user", lambda tx: find_archived_rows(tx, [identifier]))).get(identifier)
+        if row is None:
             return []
-        row = found.row
         ended = (row[10], row[22], row[11], row[15], row[16], row[17], row[19], row[20], row[21], row[18])
         return [(row[1], 0, row[2], row[3], row[5], row[6], row[9], *ended)]
 

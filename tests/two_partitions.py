@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from culm import topology_store
-from culm.settings import DatabaseSettings, DispatchSettings, ShardSettings, Timeouts
+from culm.settings import ArchiveSettings, DatabaseSettings, DispatchSettings, ShardSettings, Timeouts
 from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology, register_sites
 from culm.topology import Shard as ShardEntry
 from culm.topology_store import Who
@@ -107,6 +107,8 @@ class TwoPartitions:
             database=DatabaseSettings(socket=str(needs.database.socket), name=f"t{number}_{secrets.token_hex(3)}"),
             timeouts=Timeouts(grace_s=0.001),
             dispatch=DispatchSettings(reap_interval_s=0.05, sweep_interval_s=0.2),
+            # The archive's pass is the test's to make.
+            archive=ArchiveSettings(after_s=0.0),
             topology_poll_s=0.05,
             stop_s=1.0,
         )

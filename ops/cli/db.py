@@ -1,11 +1,16 @@
 """`culm db partitions|archive|export|drop`."""
 
 import asyncio
+import contextlib
 import gzip
+import os
 import re
+import tempfile
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import click
 import msgspec
@@ -97,7 +102,7 @@ IDLE_LOOKS: Final = 3
 def export(folder: Path, authority: str, output: str, path: Path, *, shard: str, force: bool, name: str) -> None:
     """Write the partition NAME of the archive into a file: one JSON object a line, a job with its whole history.
 
-    The file is there when it is whole: as many jobs as the shards have counted in that month.
+    The file is there when it is whole: as many jobs as the shards have counted in that month, before and after.
 
     \b
     Examples:
@@ -113,34 +118,57 @@ def export(folder: Path, authority: str, output: str, path: Path, *, shard: str,
 
 
 async def _export(folder: Path, authority: str, name: str, shard: str, path: Path) -> int:
+    counted = await _counted(folder, authority, name, shard)
+    written: Counter[str] = Counter()
+    with _durable(path) as raw, gzip.open(raw, "wb") as file, Console(stderr=True).status("exporting") as spinner:
+        async with router(folder, "admin", authority=authority) as client:
+            for one in sorted(counted):
+                after: int | None = 0
+                while after is not None:
+                    asked = ExportRequest(shard=one, name=name, after=after)
+                    page = await client.post("export", asked, ExportAnswer, timeout_s=TIMEOUT_S)
+                    for job in page.jobs:
+                        file.write(msgspec.json.encode(_Line(one, job)) + b"\n")
+                    written[one] += len(page.jobs)
+                    after = page.next
+                    spinner.update(f"{written.total()} of {sum(counted.values())} jobs")
+        # Again: what came meanwhile, with an id that was passed already, was not read.
+        now = await _counted(folder, authority, name, shard)
+        if any(written[one] != n for one, n in now.items()):
+            raise Unavailable(
+                "archive_changed", f"{written.total()} jobs were read, {sum(now.values())} are counted: repeat it"
+            )
+    return written.total()
+
+
+async def _counted(folder: Path, authority: str, name: str, shard: str) -> dict[str, int]:
+    """Jobs of a partition by shard."""
     answer = await _ask(folder, authority, ArchiveRequest(shard=shard))
     _require_all(answer)
     counted = {one.shard: part.n_jobs for one in answer.shards for part in one.partitions if part.name == name}
     if not counted:
         raise ClientFault("unknown_partition", f"there is no partition {name[:40]!r}", http_status=404)
-    beside = path.with_name(f"{path.name}.part")
-    written: Counter[str] = Counter()
+    return counted
+
+
+@contextlib.contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    """A file for its owner only that is there, and on the disk, when all of this went well; else nothing is."""
+    number, name = tempfile.mkstemp(prefix=".culm-export-", suffix=".part", dir=path.parent)
+    beside = Path(name)
     try:
-        with gzip.open(beside, "wb") as file, Console(stderr=True).status("exporting") as spinner:
-            async with router(folder, "admin", authority=authority) as client:
-                for one in sorted(counted):
-                    after: int | None = 0
-                    while after is not None:
-                        asked = ExportRequest(shard=one, name=name, after=after)
-                        page = await client.post("export", asked, ExportAnswer, timeout_s=TIMEOUT_S)
-                        for job in page.jobs:
-                            file.write(msgspec.json.encode(_Line(one, job)) + b"\n")
-                        written[one] += len(page.jobs)
-                        after = page.next
-                        spinner.update(f"{written.total()} of {sum(counted.values())} jobs")
-        if any(written[one] != n for one, n in counted.items()):
-            raise Unavailable(
-                "archive_changed", f"{written.total()} jobs were read, {sum(counted.values())} are counted: repeat it"
-            )
+        with os.fdopen(number, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    return written.total()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class _Line(msgspec.Struct):
@@ -154,24 +182,51 @@ class _Line(msgspec.Struct):
 @OUTPUT
 @click.option("--shard", default="", help="On this shard only.  [default: on all of the authority]")
 @click.option("--yes", is_flag=True, help="Needed: what is dropped is gone.")
+@click.option(
+    *("--exported", "file"),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Only where a shard has as many jobs of it as this export.",
+)
 @click.argument("name")
-def drop(folder: Path, authority: str, output: str, *, shard: str, yes: bool, name: str) -> None:
-    """Drop the partition NAME of the archive with all its jobs. The present month cannot be dropped.
+def drop(folder: Path, authority: str, output: str, *, shard: str, yes: bool, file: Path | None, name: str) -> None:
+    """Drop the partition NAME of the archive with all its jobs.
+
+    It must be over, and all that ended in it archived. One that was cut off is ended by the same command.
 
     \b
     Examples:
-      culm db drop p202611 --yes
+      culm db drop p202611 --exported p202611.jsonl.gz --yes
       culm db drop p202611 --shard us1 --yes
     """
     if not yes:
         raise ClientFault("not_confirmed", f"the jobs of {name} would be gone for good: repeat it with --yes")
-    answer = asyncio.run(_ask(folder, authority, ArchiveRequest(drop=name, shard=shard)))
+    exported = None if file is None else _counted_in(file)
+    answer = asyncio.run(_ask(folder, authority, ArchiveRequest(drop=name, shard=shard, exported=exported)))
     if output == "json":
         click.echo(msgspec.json.encode(answer))
     else:
         for one in answer.shards:
             click.echo(f"{one.shard}: dropped {name} with {one.n_dropped} jobs")
     _require_all(answer)
+
+
+def _counted_in(path: Path) -> dict[str, int]:
+    """Jobs in an export, by shard. Raises ClientFault(bad_export)."""
+    found: Counter[str] = Counter()
+    try:
+        with gzip.open(path) as lines:
+            for line in lines:
+                found[_OF_SHARD.decode(line).shard] += 1
+    except (OSError, EOFError, zlib.error, msgspec.MsgspecError) as error:
+        raise ClientFault("bad_export", f"{path} is no whole export: {error}") from None
+    return dict(found)
+
+
+class _OfShard(msgspec.Struct):
+    shard: str
+
+
+_OF_SHARD: Final = msgspec.json.Decoder(_OfShard)
 
 
 async def _ask(folder: Path, authority: str, request: ArchiveRequest) -> ArchiveAnswer:
@@ -189,7 +244,8 @@ def _show(answer: ArchiveAnswer) -> None:
 
 def _require_all(answer: ArchiveAnswer) -> None:
     if answer.missing_shards:
-        raise Unavailable("missing_shards", f"no answer from: {', '.join(answer.missing_shards)}; repeat")
+        why = (f"{one} ({answer.why_missing.get(one, 'no answer')})" for one in answer.missing_shards)
+        raise Unavailable("missing_shards", f"not done by {', '.join(why)}; repeat")
 
 
 def _seconds(text: str) -> float:

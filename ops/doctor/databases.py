@@ -15,8 +15,10 @@ from shard.statements import parse
 SKEW_S: Final = 1.0
 VARIABLES: Final = (
     *("version", "innodb_flush_log_at_trx_commit", "innodb_doublewrite", "innodb_flush_method", "log_bin"),
-    *("sync_binlog", "innodb_buffer_pool_size", "transaction_isolation", "tx_isolation"),
+    *("sync_binlog", "innodb_buffer_pool_size", "transaction_isolation", "tx_isolation", "max_allowed_packet"),
 )
+MIN_PACKET_BYTES: Final = 16 << 20
+"""The largest job with the reports of all its attempts, escaped, and half as much again."""
 _STATEMENTS: Final = parse(resources.files("ops").joinpath("sql/doctor.sql").read_text(encoding="utf-8"))
 
 
@@ -39,6 +41,7 @@ async def examine(settings: ShardSettings, *, expected: bool) -> list[Check]:
     return [
         Check(name=name, text=f"version {variables.get('version', '?')}"),
         *durability(name, variables),
+        packet(name, int(variables.get("max_allowed_packet", 0))),
         memory(name, int(variables.get("innodb_buffer_pool_size", 0)), n_bytes),
         clock(name, skew_s),
     ]
@@ -83,6 +86,13 @@ def memory(name: str, pool_bytes: int, schema_bytes: int) -> Check:
     if schema_bytes > pool_bytes:
         return Check(name=name, level="warn", text=told, advice="enlarge innodb_buffer_pool_size: reads go to the disk")
     return Check(name=name, text=told)
+
+
+def packet(name: str, max_bytes: int) -> Check:
+    """Judge the largest statement that the server takes. Pure."""
+    advice = "large jobs are refused or never reach the archive: set it to 64M"
+    is_good = max_bytes >= MIN_PACKET_BYTES
+    return _setting(name, "max_allowed_packet", str(max_bytes), good=is_good, advice=advice)
 
 
 def clock(name: str, skew_s: float) -> Check:

@@ -104,6 +104,8 @@ def argv(engine: Engine, datadir: Path, socket: Path, *, buffer_pool_mb: int = 6
         "--collation-server=utf8mb4_bin",
         "--performance-schema=OFF",
         "--max-connections=100",
+        # A job alone may need 16 (the doctor checks that), several that move together half of it.
+        "--max-allowed-packet=64M",
         *(["--mysqlx=0"] if engine.kind == "mysql" else []),
     ]
 

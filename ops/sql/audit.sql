@@ -31,15 +31,24 @@ SELECT id FROM ready WHERE id IN %s
 
 -- ---- I1, I9: what was accepted is here, and nothing else
 
--- Of what was submitted before the end of a part of the archive that was dropped nothing is known any more.
+-- What parts of the archive had that were dropped is missing, in submits of before their ends; but no more than they had.
 -- name: submission_incomplete
-SELECT first_id, CONCAT('a submit of ', n, ' jobs has ', n_jobs) FROM (
-    SELECT first_id, n,
-        (SELECT COUNT(*) FROM job WHERE job.id BETWEEN first_id AND first_id + n - 1)
-        + (SELECT COUNT(*) FROM archive_job WHERE archive_job.id BETWEEN first_id AND first_id + n - 1) AS n_jobs
-    FROM submission
-    WHERE submission.at >= COALESCE((SELECT MAX(before_at) FROM archive_dropped), '1970-01-01')) AS accepted
-WHERE n_jobs <> n LIMIT %s
+WITH dropped AS (
+    SELECT COALESCE(SUM(n), 0) AS n, COALESCE(MAX(before_at), '1970-01-01') AS before_at FROM (
+        SELECT MAX(n) AS n, MAX(before_at) AS before_at FROM archive_dropped WHERE done = 1 GROUP BY name) AS parts),
+accepted AS (
+    SELECT first_id, n, at,
+        (SELECT COUNT(*) FROM job WHERE job.id BETWEEN first_id AND first_id + submission.n - 1)
+        + (SELECT COUNT(*) FROM archive_job WHERE archive_job.id BETWEEN first_id AND first_id + submission.n - 1)
+            AS n_jobs
+    FROM submission),
+judged AS (
+    SELECT first_id, accepted.n, n_jobs, dropped.n AS n_dropped, at < before_at AND n_jobs < accepted.n AS may_be_dropped,
+        SUM(IF(at < before_at AND n_jobs < accepted.n, accepted.n - n_jobs, 0)) OVER () AS n_missing
+    FROM accepted CROSS JOIN dropped WHERE n_jobs <> accepted.n)
+SELECT first_id, CONCAT('a submit of ', n, ' jobs has ', n_jobs,
+    IF(may_be_dropped, CONCAT(', ', n_missing, ' are missing of old, dropped were ', n_dropped), ''))
+FROM judged WHERE NOT may_be_dropped OR n_missing > n_dropped ORDER BY first_id DESC LIMIT %s
 
 -- With every submit complete, a surplus is made of jobs that nobody submitted.
 -- name: job_never_submitted

@@ -282,8 +282,8 @@ SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDER BY id 
 
 -- name: list_by_id
 SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: stop_by_jobset
@@ -291,8 +291,8 @@ SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN
 
 -- name: list_by_jobset
 SELECT id FROM job FORCE INDEX (jobs_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- The same, the newest first: from a position (created_at, id), which is left out, down to one, which is not.
@@ -304,8 +304,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_newest
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_by_time)
 WHERE created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_newest_of_owner
@@ -316,8 +316,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_newest_of_owner
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_owner)
 WHERE owner = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_newest_of_slot
@@ -328,16 +328,22 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_newest_of_slot
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM job FORCE INDEX (jobs_of_slot)
 WHERE slot = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: find_archived
 SELECT id, body FROM archive_job WHERE id IN %s ORDER BY id
 
--- The next jobs of a partition, by what bounds it, with the bytes of each.
+-- name: find_archived_rows
+SELECT id, job_row FROM archive_job WHERE id IN %s ORDER BY id
+
+-- name: sizes_of_archived
+SELECT id, LENGTH(body) FROM archive_job WHERE id IN %s ORDER BY id
+
+-- The next jobs of a partition, by what bounds it.
 -- name: next_archived
-SELECT id, LENGTH(body) FROM archive_job FORCE INDEX (PRIMARY)
+SELECT id FROM archive_job FORCE INDEX (PRIMARY)
 WHERE ended_at >= %s AND ended_at < %s AND id > %s ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_id
@@ -345,8 +351,8 @@ SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s ORDE
 
 -- name: list_archived_by_id
 SELECT id FROM archive_job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- name: stop_archived_by_jobset
@@ -354,8 +360,8 @@ SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AN
 
 -- name: list_archived_by_jobset
 SELECT id FROM archive_job FORCE INDEX (archived_of_jobset) WHERE jobset = %s AND id BETWEEN %s AND %s AND created_at >= %s AND created_at < %s
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY id LIMIT %s
 
 -- What ended before a time was made before it: its months are left out.
@@ -367,8 +373,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_archived_newest
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_by_time)
 WHERE ended_at >= %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_archived_newest_of_owner
@@ -379,8 +385,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_archived_newest_of_owner
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_owner)
 WHERE ended_at >= %s AND owner = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: stop_archived_newest_of_slot
@@ -391,8 +397,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET %s
 -- name: list_archived_newest_of_slot
 SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', created_at), id FROM archive_job FORCE INDEX (archived_of_slot)
 WHERE ended_at >= %s AND slot = %s AND created_at >= %s AND (created_at > %s OR id >= %s) AND created_at <= %s AND (created_at < %s OR id < %s)
-    AND (%s = 0 OR slot IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s) AND (%s = 0 OR jobset = %s)
-    AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
+    AND (%s = 0 OR slot IN %s OR queue IN %s) AND (%s = '' OR state = %s) AND (%s = '' OR owner = %s)
+    AND (%s = 0 OR jobset = %s) AND (%s = 0 OR vo = %s) AND (%s = 0 OR slot BETWEEN %s AND %s OR owner LIKE %s)
 ORDER BY created_at DESC, id DESC LIMIT %s
 
 -- name: archived_counts
@@ -404,8 +410,18 @@ SELECT slot, state, vo, SUM(n) FROM archive_tally GROUP BY slot, state, vo
 SELECT id FROM job FORCE INDEX (PRIMARY) WHERE id BETWEEN %s AND %s AND state IN %s
     AND modified_at < DATE_SUB(UTC_TIMESTAMP(6), INTERVAL %s SECOND) ORDER BY id LIMIT %s
 
+-- What each job will be in the archive, about: events and reports have some columns more.
+-- name: sizes_of
+SELECT id, SUM(n_bytes) FROM (
+    SELECT id, 1024 + 2 * (LENGTH(name) + COALESCE(LENGTH(error_text), 0)) AS n_bytes FROM job WHERE id IN %s
+    UNION ALL SELECT id, LENGTH(body) FROM spec WHERE id IN %s
+    UNION ALL SELECT id, SUM(128 + LENGTH(actor) + LENGTH(detail)) FROM job_event WHERE id IN %s GROUP BY id
+    UNION ALL SELECT id, SUM(128 + LENGTH(body)) FROM report WHERE id IN %s GROUP BY id) AS parts
+GROUP BY id ORDER BY id
+
 -- name: archived_from
-SELECT id, slot, state, owner, vo, jobset, depth, created_at, modified_at FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
+SELECT id, slot, state, owner, vo, queue, jobset, depth, created_at, modified_at
+FROM job FORCE INDEX (PRIMARY) WHERE id IN %s ORDER BY id
 
 -- name: specs_of
 SELECT id, body FROM spec WHERE id IN %s
@@ -419,8 +435,8 @@ SELECT id, attempt, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at), state, body, t
 ORDER BY id, attempt
 
 -- name: insert_archived
-INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body)
-VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
+INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, queue, jobset, depth, body, job_row)
+VALUES {, |(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)}
 
 -- name: add_to_archive_tally
 INSERT INTO archive_tally (month, slot, state, vo, n) VALUES {, |(%s, %s, %s, %s, %s)}
@@ -450,8 +466,29 @@ ALTER TABLE archive_job ADD PARTITION (PARTITION :name VALUES LESS THAN (':bound
 -- name: drop_partition
 ALTER TABLE archive_job DROP PARTITION :name
 
+-- For the lock on a table's definition, before and after an ALTER.
+-- name: wait_a_second
+SET SESSION lock_wait_timeout = 1
+
+-- name: wait_as_ever
+SET SESSION lock_wait_timeout = DEFAULT
+
+-- Jobs that were made before a time, and which of them ended before it: it is read in pages.
+-- name: ended_before
+SELECT CAST(created_at AS CHAR), id, state IN %s AND modified_at < %s FROM job FORCE INDEX (jobs_by_time)
+WHERE created_at < %s AND created_at >= %s AND (created_at > %s OR id > %s) ORDER BY created_at, id LIMIT %s
+
+-- name: read_dropped
+SELECT n, done FROM archive_dropped WHERE name = %s ORDER BY at DESC LIMIT 1
+
 -- name: insert_dropped
-INSERT INTO archive_dropped (name, before_at, n, actor, at) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6))
+INSERT INTO archive_dropped (name, before_at, n, actor, at, done) VALUES (%s, %s, %s, %s, UTC_TIMESTAMP(6), 0)
+
+-- name: forget_dropped
+DELETE FROM archive_dropped WHERE name = %s AND done = 0
+
+-- name: end_dropped
+UPDATE archive_dropped SET done = 1 WHERE name = %s
 
 -- name: drop_archive_tally
 DELETE FROM archive_tally WHERE month = %s

@@ -3,6 +3,8 @@
 import asyncio
 import secrets
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -25,8 +27,11 @@ from culm.wire import (
 from culm.wire import ShardJob as ReadJob
 from ops.audit import audit
 from shard import archive as archiving
-from shard.database import Transaction
-from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, job
+from shard.database import Row, Transaction
+from shard.driver import connect
+from shard.metrics import NOT_ARCHIVED
+from shard.ownership import Ownership
+from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, USER, Partition, Servers, job, partition
 from tests.waiting import eventually
 
 NOW = 0.0
@@ -286,8 +291,14 @@ async def test_the_shard_moves_them_by_itself_while_it_works(shard: Partition, m
         assert (await shard.job(grant.id)).reports[0].stdout_tail == f"out {grant.id}"
 
 
-async def test_a_month_is_read_in_pages_each_job_once(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shard.archive.EXPORTED_PER_PAGE", 3)
+@pytest.mark.parametrize(
+    ("limit", "value"), [("EXPORTED_PER_PAGE", 3), ("READ_BYTES", 1)], ids=["by number", "by bytes"]
+)
+async def test_a_month_is_read_in_pages_each_job_once(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(archiving, "MEASURED", 2)
+    monkeypatch.setattr(archiving, limit, value)
     ids = await shard.submit(*[job()] * 7)
     for grant in await shard.get(n_jobs=7):
         await shard.report(grant)
@@ -301,9 +312,255 @@ async def test_a_month_is_read_in_pages_each_job_once(shard: Partition, monkeypa
         found += [view.job.id for view in answer.jobs]
         after = answer.next
         n_pages += 1
-    assert (found, n_pages) == (ids, 3)
+    assert (found, n_pages) == (ids, 3 if value == 3 else 7)
     assert [event.event for event in answer.jobs[0].history] == ["submit_ready", "claim", "finish"]
     for who, name, code in ((ADMIN, "p190001", "unknown_partition"), (USER, part.name, "forbidden")):
         with pytest.raises(ClientFault) as refused:
             await shard.ask("export", ShardExport(principal=who, name=name), ExportAnswer)
         assert refused.value.code == code
+
+
+async def big(shard: Partition, n_jobs: int) -> list[int]:
+    """Finished jobs of 0.9 MB each."""
+    ids: list[int] = []
+    for _ in range(n_jobs // 2):
+        ids += [grant.id for grant in await finished(shard, 2, argv=["x" * 65_000] * 14)]
+    return ids
+
+
+async def test_jobs_that_together_are_more_than_a_packet_move(shard: Partition) -> None:
+    """40 of 0.9 MB: the server takes 64 MiB at most here, and what it refuses it answers by cutting the connection."""
+    await shard.sql("SET GLOBAL max_allowed_packet = 16777216")
+    try:
+        await shard.shard.database.close()
+        ids = await big(shard, 40)
+        small = [grant.id for grant in await finished(shard, 3)]
+        since, generation = shard.shard.database.connected_since, shard.shard.database.generation
+        assert await move(shard) == 43
+        assert (shard.shard.database.connected_since, shard.shard.database.generation) == (since, generation)
+    finally:
+        await shard.sql("SET GLOBAL max_allowed_packet = 67108864")
+    assert await counted(shard) == ({}, {"finished": 43})
+    assert len((await shard.job(ids[0])).spec.argv) == 14
+    assert await shard.state(small[-1]) is State.FINISHED
+    assert await clean(shard) == []
+
+
+async def test_what_cannot_move_stays_alone_and_holds_up_nobody(
+    both: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job that is in the archive already (as it never should be), and a slot that is not open any more."""
+    async with partition(both, "BNL", "CNAF") as shard:
+        await finished(shard, 1)
+        await move(shard)
+        ids = [grant.id for grant in await finished(shard, 6)]
+        await shard.sql(
+            "INSERT INTO archive_job (id, ended_at, created_at, slot, state, owner, vo, jobset, depth, body)"
+            " SELECT id, modified_at, created_at, slot, state, owner, vo, jobset, depth, '' FROM job"
+            f" WHERE id = {ids[1]}"
+        )
+        [other] = await shard.submit(job(site="CNAF"), at=shard.slot("CNAF"))
+        await shard.cancel(other)
+        moved_away = SimpleNamespace(
+            open={shard.slot("BNL").slot: 99, shard.slot("CNAF").slot: shard.slot("CNAF").epoch}
+        )
+        before = NOT_ARCHIVED.labels("slot")._value.get(), NOT_ARCHIVED.labels("job")._value.get()
+        archive = archiving.Archive(shard.shard.database, cast(Ownership, moved_away), ArchiveSettings(batch=2))
+        assert await archive.move(NOW) == 1
+        archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings(batch=2))
+        assert [await archive.move(NOW) for _ in range(4)] == [1, 2, 2, 0]
+        assert await shard.rows("SELECT id FROM job") == [(ids[1],)]
+        after = NOT_ARCHIVED.labels("slot")._value.get(), NOT_ARCHIVED.labels("job")._value.get()
+        assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+        assert str(ids[1]) in caplog.text
+
+
+async def test_two_passes_at_once_make_the_months_once_and_count_each_job_once(shard: Partition) -> None:
+    """The shard's own and one that an operator asked for."""
+    await finished(shard, 5)
+    assert sum(await asyncio.gather(*(shard.shard.archive.move(NOW) for _ in range(2)))) == 5
+    assert await clean(shard) == []
+
+
+async def _bytes_sent(shard: Partition) -> int:
+    return int((await shard.rows("SHOW GLOBAL STATUS LIKE 'Bytes_sent'"))[0][1])
+
+
+async def test_lists_cancels_and_why_read_no_bodies(shard: Partition) -> None:
+    ids = await big(shard, 12)
+    before = await shard.jobs()
+    await move(shard)
+    sent = await _bytes_sent(shard)
+    assert await shard.jobs() == before
+    assert {one.outcome for one in (await shard.cancel(*ids)).jobs} == {"already_final"}
+    await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=ids[0]), WhyAnswer)
+    assert await _bytes_sent(shard) - sent < 1_000_000
+
+
+async def test_what_was_archived_before_it_had_a_narrow_row_is_read_in_parts_of_some_bytes(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiving, "MEASURED", 5)
+    ids = await big(shard, 12)
+    before = await shard.jobs()
+    await move(shard)
+    await shard.sql(f"UPDATE archive_job SET job_row = NULL WHERE id <> {ids[3]}")
+    largest = 0
+
+    async def measured(tx: Transaction, name: str, *arguments: object) -> list[Row]:
+        nonlocal largest
+        rows = await fetch(tx, name, *arguments)
+        largest = max(largest, sum(len(value) for row in rows for value in row if isinstance(value, bytes)))
+        return rows
+
+    fetch = Transaction.fetch
+    monkeypatch.setattr(Transaction, "fetch", measured)
+    assert await shard.jobs() == before
+    assert {one.outcome for one in (await shard.cancel(*ids)).jobs} == {"already_final"}
+    assert (await shard.ask("why", ReadJob(at=shard.slot(), principal=USER, id=ids[0]), WhyAnswer)).reasons
+    assert 900_000 < largest <= archiving.READ_BYTES
+
+
+async def in_old_month(shard: Partition, n_jobs: int) -> tuple[str, str]:
+    """Archived jobs that ended in a month that is long over; its partition, and a time in it."""
+    [[name, bound, at]] = await shard.rows(
+        "SELECT DATE_FORMAT(UTC_DATE() - INTERVAL 2 MONTH, 'p%Y%m'), DATE_FORMAT(UTC_DATE() - INTERVAL 1 MONTH,"
+        " '%Y-%m-01'), DATE_FORMAT(UTC_DATE() - INTERVAL 2 MONTH, '%Y-%m-02')"
+    )
+    await shard.sql(f"ALTER TABLE archive_job ADD PARTITION (PARTITION {name} VALUES LESS THAN ('{bound}'))")
+    await finished(shard, n_jobs)
+    await put_back(shard, at)
+    assert await move(shard) == n_jobs
+    return name, at
+
+
+async def put_back(shard: Partition, at: str) -> None:
+    """As if all that is hot had been submitted and ended then."""
+    await shard.sql(f"UPDATE job SET created_at = '{at}', modified_at = '{at}'")
+    await shard.sql(f"UPDATE submission SET at = '{at}'")
+
+
+async def drop(shard: Partition, name: str, exported: int | None = None) -> int:
+    call = ShardArchive(principal=ADMIN, drop=name, exported=exported)
+    return (await shard.ask("archive", call, ShardArchiveAnswer)).n_dropped
+
+
+@pytest.mark.parametrize("examined", [5000, 1])
+async def test_a_month_stays_while_a_job_may_move_into_it_or_an_export_has_another_count(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, examined: int
+) -> None:
+    name, at = await in_old_month(shard, 3)
+    await shard.submit(job())
+    await finished(shard, 2)
+    await put_back(shard, at)
+    monkeypatch.setattr(archiving, "MAX_EXAMINED", examined)
+    with pytest.raises(ClientFault, match="partition_in_use"):
+        await drop(shard, name)
+    monkeypatch.setattr(archiving, "MAX_EXAMINED", 5000)
+    await move(shard)
+    monkeypatch.setattr(archiving, "MAX_EXAMINED", examined)
+    with pytest.raises(Conflict, match="archive_changed"):
+        await drop(shard, name, exported=3)
+    assert await shard.rows("SELECT COUNT(*) FROM archive_job") == [(5,)]
+    assert await shard.rows("SELECT COUNT(*) FROM archive_dropped") == [(0,)]
+    assert await drop(shard, name, exported=5) == 5
+    assert await clean(shard) == []
+
+
+async def test_a_month_that_has_just_ended_stays(shard: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _ = await in_old_month(shard, 1)
+    monkeypatch.setattr(archiving, "OVER_S", 70 * 86_400.0)
+    with pytest.raises(ClientFault, match="partition_in_use"):
+        await drop(shard, name)
+    monkeypatch.undo()
+    assert await drop(shard, name) == 1
+
+
+@pytest.mark.parametrize("done", [False, True])
+async def test_a_drop_that_is_cut_off_is_ended_by_a_repeat_and_excuses_nothing_before(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """At the ALTER, which the server may have begun or ended by then."""
+    name, at = await in_old_month(shard, 4)
+    [waiting] = await shard.submit(job())
+    await put_back(shard, at)
+
+    async def cut(tx: Transaction, statement: str, *arguments: float, **words: str) -> None:
+        if done:
+            await alter(tx, statement, *arguments, **words)
+        raise Unavailable("database_down", "cut off")
+
+    alter = Transaction.alter
+    monkeypatch.setattr(Transaction, "alter", cut)
+    with pytest.raises(Unavailable):
+        await drop(shard, name)
+    monkeypatch.undo()
+    assert bool(await clean(shard)) is done
+    assert await shard.rows("SELECT done, n FROM archive_dropped") == [(0, 4)]
+    for _ in range(2):
+        assert await drop(shard, name) == 4
+        assert await shard.rows("SELECT done, n FROM archive_dropped") == [(1, 4)]
+        assert (await counted(shard))[1] == {}
+        assert await clean(shard) == []
+    # Dropped were four: one more that is missing is lost, whenever it was submitted.
+    for table in ("job", "spec", "job_event", "ready"):
+        await shard.sql(f"DELETE FROM {table} WHERE id = {waiting}")
+    found = (await audit([shard.settings], shard.topology)).findings
+    assert waiting in {one.subject for one in found if one.rule == "submission_incomplete"}
+
+
+@pytest.mark.filterwarnings("ignore:'INFORMATION_SCHEMA.PROCESSLIST' is deprecated")
+async def test_who_reads_the_archive_for_long_is_waited_for_by_nobody(shard: Partition) -> None:
+    name, _ = await in_old_month(shard, 2)
+    reading = await connect(shard.settings.database, autocommit=False)
+    try:
+        async with reading.cursor() as cursor:
+            await cursor.execute("SELECT COUNT(*) FROM archive_job")
+            await cursor.fetchall()
+        dropping = asyncio.create_task(drop(shard, name))
+        started = asyncio.get_running_loop().time()
+
+        async def pending() -> bool:
+            rows = await shard.rows("SHOW PROCESSLIST")
+            return any("DROP PARTITION" in str(row[7]) for row in rows) or dropping.done()
+
+        await eventually(pending, 5.0, what="the ALTER waits")
+        assert len((await shard.jobs()).jobs) == 2
+        with pytest.raises(Unavailable, match="table_busy"):
+            await dropping
+        assert asyncio.get_running_loop().time() - started < 4.0
+    finally:
+        reading.close()
+    assert await drop(shard, name) == 2
+    assert await shard.rows("SELECT done, n FROM archive_dropped") == [(1, 2)]
+    assert await clean(shard) == []
+
+
+async def test_a_month_ahead_that_cannot_be_made_now_does_not_stop_the_pass(shard: Partition) -> None:
+    await finished(shard, 1)
+    await move(shard)
+    names = [row[0] for row in await shard.rows(PARTITIONS)]
+    await shard.sql(f"ALTER TABLE archive_job DROP PARTITION {names[-1]}")
+    await finished(shard, 2)
+    reading = await connect(shard.settings.database, autocommit=False)
+    archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings(batch=1))
+    try:
+        async with reading.cursor() as cursor:
+            await cursor.execute("SELECT COUNT(*) FROM archive_job")
+            await cursor.fetchall()
+        started = asyncio.get_running_loop().time()
+        assert [await archive.move(NOW), await archive.move(NOW)] == [1, 1]
+        assert asyncio.get_running_loop().time() - started < 3.0
+        assert [row[0] for row in await shard.rows(PARTITIONS)] == names[:-1]
+    finally:
+        reading.close()
+    archive = archiving.Archive(shard.shard.database, shard.shard.ownership, ArchiveSettings())
+    await finished(shard, 1)
+    assert await archive.move(NOW) == 1
+    assert [row[0] for row in await shard.rows(PARTITIONS)] == names
+
+
+PARTITIONS = (
+    "SELECT partition_name FROM information_schema.partitions WHERE table_schema = DATABASE()"
+    " AND table_name = 'archive_job' ORDER BY partition_ordinal_position"
+)

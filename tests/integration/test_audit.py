@@ -137,14 +137,16 @@ PLANTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "archived_and_hot": (
         "finished",
         (
-            "INSERT INTO archive_job SELECT id, '2019-01-01', slot, state, owner, vo, jobset, depth, 'x' FROM job"
+            "INSERT INTO archive_job (id, ended_at, slot, state, owner, vo, jobset, depth, body)"
+            " SELECT id, '2019-01-01', slot, state, owner, vo, jobset, depth, 'x' FROM job"
             " WHERE id = {finished}",
         ),
     ),
     "archived_not_final": (
         "running",
         (
-            "INSERT INTO archive_job SELECT id, '2019-01-01', slot, state, owner, vo, jobset, depth, 'x' FROM job"
+            "INSERT INTO archive_job (id, ended_at, slot, state, owner, vo, jobset, depth, body)"
+            " SELECT id, '2019-01-01', slot, state, owner, vo, jobset, depth, 'x' FROM job"
             " WHERE id = {running}",
         ),
     ),

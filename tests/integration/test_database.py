@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from culm.clock import SystemClock
-from culm.errors import Bug, Conflict, CulmError, Unavailable
+from culm.errors import Bug, ClientFault, Conflict, CulmError, Unavailable
 from culm.settings import DatabaseSettings
 from culm.states import FINAL
 from ops.audit import audit
@@ -21,6 +21,7 @@ from ops.engines import innodb
 from shard.database import MAX_TRIES, ChangedUnderfootError, Database, Pool, Row, Step, Transaction, for_rows
 from shard.driver import RETRIED, DuplicateKeyError, connect
 from shard.migrate import migrate
+from shard.statements import STATEMENTS, parse
 from tests import servers
 from tests.partition import Partition, Servers, job, partition, patiently
 from tests.waiting import eventually
@@ -32,6 +33,12 @@ T = TypeVar("T")
 
 DEADLINE_S = 30.0
 SLOT = 5
+SNAPSHOT = """
+-- name: isolation
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
+-- name: begin
+START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY
+"""
 POOLS: tuple[Pool, ...] = ("claim", "write", "read", "user")
 
 
@@ -75,6 +82,47 @@ async def _slots(database: Database) -> set[int]:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+async def _version(database: Database) -> str:
+    connection = await connect(database.settings, autocommit=True)
+    try:
+        return connection.get_server_info()
+    finally:
+        connection.close()
+
+
+async def test_a_table_that_was_altered_under_a_snapshot_is_read_again(database: Database) -> None:
+    tries = 0
+
+    async def read(tx: Transaction) -> list[Row]:
+        nonlocal tries
+        tries += 1
+        tx.use(parse(SNAPSHOT) | STATEMENTS)
+        await tx.execute("isolation")
+        await tx.execute("begin")
+        if tries == 1:
+            add = ("add_partition", DEADLINE_S)
+            await database.run("claim", lambda other: other.alter(*add, name="p202001", bound="2020-02-01"))
+        return await tx.fetch("read_depths", (1,), (1,))
+
+    assert await database.run("write", read) == []
+    # MariaDB refuses the table as it was, MySQL has it still.
+    assert tries == 2 - ("MariaDB" not in await _version(database))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("n_mib", [65, 100])
+async def test_a_packet_that_is_too_large_is_refused_and_the_server_is_not_taken_for_lost(
+    database: Database, pool: Pool, n_mib: int
+) -> None:
+    """The server cuts the connection in the middle of one; what a driver makes of that depends on when."""
+    await _slots(database)
+    since, generation = database.connected_since, database.generation
+    with pytest.raises(ClientFault, match="too_large"):
+        await database.run(pool, lambda tx: tx.fetch("read_spec", b"x" * (n_mib << 20)))
+    assert (database.reachable, database.connected_since, database.generation) == (True, since, generation)
+    assert await database.run(pool, lambda tx: tx.fetch("read_spec", 1)) == []
 
 
 def _raising(number: int) -> str:

@@ -27,6 +27,7 @@ async def test_our_own_database_is_well(shard: Partition) -> None:
     for what in ("version ", "innodb_flush_log_at_trx_commit=1", "innodb_doublewrite=", "isolation READ-COMMITTED"):
         assert what in told
     assert "buffer pool 64 MiB" in told
+    assert f"max_allowed_packet={64 << 20}" in told
 
 
 async def test_a_database_that_does_not_flush_is_found(shard: Partition) -> None:

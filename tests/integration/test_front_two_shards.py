@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from culm.client import Client
-from culm.errors import ClientFault, CulmError, Unavailable
+from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.ids import slot_of
 from culm.positions import position
 from culm.registry_wire import ChangedAnswer, SitesRequest
 from culm.states import State
 from culm.wire import (
+    ArchiveAnswer,
+    ArchiveRequest,
     CancelRequest,
     GetJobRequest,
     HeartbeatRequest,
@@ -440,3 +442,36 @@ async def test_a_site_is_known_to_every_router_as_soon_as_it_is_registered(
             assert [row.id for row in (await late.jobs(JobsQuery(site="NEW"))).jobs] == [identifier]
         with pytest.raises(ClientFault):
             await reader.jobs(JobsQuery(site="NEVER"))
+
+
+async def test_a_month_is_dropped_where_it_is_as_the_export_says_and_why_not_elsewhere_is_said(
+    pair: TwoPartitions, router: RunningFront, user: Client
+) -> None:
+    [[name, bound, at]] = await pair.rows(
+        "us1",
+        "SELECT DATE_FORMAT(UTC_DATE() - INTERVAL 2 MONTH, 'p%Y%m'), DATE_FORMAT(UTC_DATE() - INTERVAL 1 MONTH,"
+        " '%Y-%m-01'), DATE_FORMAT(UTC_DATE() - INTERVAL 2 MONTH, '%Y-%m-02')",
+    )
+    for shard in ("us1", "eu1"):
+        await pair.rows(shard, f"ALTER TABLE archive_job ADD PARTITION (PARTITION {name} VALUES LESS THAN ('{bound}'))")
+
+    submitted = await user.submit(SubmitRequest(idempotency_key=secrets.token_hex(8), jobs=spread(6)))
+    await user.cancel(CancelRequest(ids=submitted.ids))
+    for shard in ("us1", "eu1"):
+        await pair.rows(shard, f"UPDATE job SET created_at = '{at}', modified_at = '{at}'")
+    async with router.client(ADMIN, patience_s=0) as admin:
+        moved = await admin.post("archive", ArchiveRequest(older_s=0.0), ArchiveAnswer)
+        assert {one.shard: one.n_moved for one in moved.shards} == {"us1": 3, "eu1": 3}
+        for exported in ({"us1": 2, "eu1": 4}, {}):
+            with pytest.raises(Conflict, match="archive_changed"):
+                await admin.post("archive", ArchiveRequest(drop=name, exported=exported), ArchiveAnswer)
+        drop = ArchiveRequest(drop=name, exported={"us1": 3, "eu1": 4})
+        answer = await admin.post("archive", drop, ArchiveAnswer)
+        assert [(one.shard, one.n_dropped) for one in answer.shards] == [("us1", 3)]
+        assert answer.missing_shards == ["eu1"]
+        assert answer.why_missing["eu1"].startswith(f"archive_changed: {name} has 3 jobs")
+        # The repeat says of the one that did it what it had.
+        drop = ArchiveRequest(drop=name, exported={"us1": 3, "eu1": 3})
+        answer = await admin.post("archive", drop, ArchiveAnswer)
+        assert {one.shard: one.n_dropped for one in answer.shards} == {"us1": 3, "eu1": 3}
+        assert answer.why_missing == {}

@@ -21,7 +21,7 @@ from culm.wire import (
     SubmitRequest,
 )
 from tests.front import front
-from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, QUEUE, USER, Partition, job
+from tests.partition import ADMIN, OTHER_USER, PILOT, PRODUCTION, QUEUE, USER, Partition, Servers, job, partition
 
 MANAGER = Principal(role="user", subject="max", authority="central", vo="atlas", roles=["manager:higgs"])
 STRANGER = Principal(role="user", subject="cy", authority="central", vo="charmm", roles=["production", "manager:higgs"])
@@ -101,6 +101,40 @@ async def test_each_id_of_a_cancel_has_its_outcome(shard: Partition) -> None:
         assert await outcomes(ann, *ids) == ["requested", "already_final", "forbidden", "not_found", "not_found"]
         repeated = await ann.cancel(CancelRequest(ids=[waiting] * 3))
         assert [(one.id, one.outcome) for one in repeated.jobs] == [(waiting, "already_final")]
+
+
+@pytest.mark.parametrize("order", ["newest", "id"])
+async def test_a_sites_list_has_what_ran_there_wherever_it_waited(both: Servers, order: Any) -> None:
+    async with (
+        partition(both, "BNL", "AGLT2") as shard,
+        front(shard) as router,
+        router.client(USER) as ann,
+        router.client(PILOT) as pilot,
+    ):
+        jobs = [JobSpec(site="BNL", argv=["true"]), *[JobSpec(region="US", argv=["true"])] * 2]
+        ids = [one for one in (await ann.submit(SubmitRequest(idempotency_key="k", jobs=jobs))).ids if one is not None]
+
+        async def listed(site: str, region: str = "") -> list[int]:
+            query = JobsQuery(site=site, region=region, order=order)
+            return sorted(row.id for row in (await ann.jobs(query)).jobs)
+
+        assert (await listed("BNL"), await listed("AGLT2")) == (ids[:1], [])
+        for queue in ("BNL-q", "AGLT2-q"):
+            request = GetJobRequest(request_id=f"request-{queue}", queue=queue, pilot=PilotInfo(id="p"))
+            for grant in (await pilot.get_job(request)).jobs:
+                held = {"id": grant.id, "attempt": grant.attempt, "lease_token": grant.lease_token}
+                await pilot.report(ReportRequest(**held, state=State.FINISHED))  # type: ignore[arg-type]
+        there, here = await listed("AGLT2"), await listed("BNL", "US")
+        assert (len(there), here) == (1, sorted({*ids} - {*there}))
+        # Archived it is the same.
+        await ann.cancel(CancelRequest(ids=ids))
+        await shard.sql("UPDATE job SET modified_at = DATE_SUB(modified_at, INTERVAL 2 HOUR)")
+        while await shard.shard.archive.move(3600.0):
+            pass
+        assert await shard.rows("SELECT COUNT(*) FROM job") == [(0,)]
+        assert (await listed("AGLT2"), await listed("BNL")) == (there, here)
+        with pytest.raises(ClientFault, match="bad_target"):
+            await listed("BNL", "EU")
 
 
 @pytest.mark.parametrize(("per_call", "seconds"), [(5, 60.0), (10_000, -1.0), (10_000, 60.0)])

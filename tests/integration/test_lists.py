@@ -116,7 +116,7 @@ async def test_no_list_sorts(shard: Partition, name: str, key: tuple[object, ...
     await several_in_one(shard)
     day = "2000-01-01 00:00:00"
     ended = (day,) * archived
-    top, tail = ("2100-01-01 00:00:00",) * 2 + (5,), (0, (0,), *[""] * 4, 0, 0, 0, "", 1, 0, 1, "central:%", 10)
+    top, tail = ("2100-01-01 00:00:00",) * 2 + (5,), (0, (0,), ("",), *[""] * 4, 0, 0, 0, "", 1, 0, 1, "central:%", 10)
     full = f"archived_{name}" if archived else name
     for statement, arguments in (
         (f"stop_{full}", (*ended, *key, day, *top, 10)),

@@ -51,6 +51,11 @@ def test_a_database_that_may_lose_what_it_acknowledged_is_bad(changed: dict[str,
     assert _bad(list(databases.durability("us1", GOOD | changed))) == told
 
 
+def test_a_server_that_takes_no_large_job_is_bad() -> None:
+    assert databases.packet("us1", 16 << 20).level == "ok"
+    assert _bad([databases.packet("us1", (16 << 20) - 1024)]) == ["max_allowed_packet=16776192"]
+
+
 def test_a_buffer_pool_that_is_smaller_than_the_data_is_said() -> None:
     assert databases.memory("us1", GIB, GIB).level == "ok"
     assert databases.memory("us1", GIB, GIB + 1).level == "warn"
