@@ -17,6 +17,30 @@ def seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
+def of_tree(pid: int) -> dict[int, float]:
+    """The same of a process and of all its children, by process; empty if it is gone."""
+    found: dict[int, float] = {}
+    waiting = [pid]
+    while waiting:
+        one = waiting.pop()
+        try:
+            found[one] = seconds(one)
+            for thread in Path(f"/proc/{one}/task").iterdir():
+                waiting += map(int, (thread / "children").read_text(encoding="utf-8").split())
+        except OSError:
+            # It ended while we looked.
+            continue
+    return found
+
+
+def machine_seconds() -> float:
+    """What all processes of this machine have used so far, on all its processors."""
+    user, nice, system, _idle, _wait, irq, soft_irq = map(
+        int, Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:8]
+    )
+    return (user + nice + system + irq + soft_irq) * _TICK_S
+
+
 def of_all(pids: Mapping[str, int]) -> dict[str, float]:
     """The same by name. Raises ProcessLookupError."""
     return {name: seconds(pid) for name, pid in pids.items()}

@@ -38,6 +38,7 @@ _COMMANDS: Final = {
     "top": Place("ops.cli.top", "top", "states, rates and shards, live"),
     "replay": Place("ops.cli.replay", "replay", "a slice of a real grid's log through the cluster"),
     "bench": Place("ops.cli.bench", "bench", "what a getJob costs, against an echo and a naive build"),
+    "load": Place("ops.cli.load", "load", "load tests with Locust: run, list, compare, report"),
     "audit": Place("ops.cli.audit", "audit", "check the stored data: nothing lost, nothing twice"),
     "db": Place("ops.cli.db", "db", "the archives: partitions, archive, export, drop"),
     "doctor": Place("ops.cli.doctor", "doctor", "what this machine and this cluster lack"),

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,8 +11,8 @@ import msgspec
 
 from culm.errors import ClientFault, Unavailable
 from culm.policies import Policy
-from culm.registry_wire import ChangedAnswer, TopologyAnswer
-from culm.topology import Topology
+from culm.registry_wire import ChangedAnswer, SitesRequest, TopologyAnswer
+from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from ops.cli.options import router
 from ops.cluster import control
 from ops.cluster.layout import Layout
@@ -59,6 +59,29 @@ def by_name(message: str, before: str) -> str:
     """What msgspec says of a field, by the name that the user knows it by: `before` it, and the field's own."""
     found = re.fullmatch(r"(.*) - at `\$\.([a-z_]+).*`", message)
     return f"{before}{found[2]}: {found[1]}" if found is not None else message
+
+
+async def register_sites(
+    folder: Path, known: Topology, regions: Mapping[str, str], queue_of: Callable[[str], str], reason: str
+) -> dict[str, str]:
+    """Register sites, by name with their region, each with one computing queue; which authority decides about each.
+
+    All that is returned is seen by every authority that runs here. Raises as Client.post. Safe to retry: yes.
+    """
+    authority_of = {
+        site: known.authority_of_region(region) if region in known.regions else CENTRAL
+        for site, region in regions.items()
+    }
+    for authority in set(authority_of.values()):
+        wanted = [
+            SiteRegistration(name=site, region=regions[site], queues={queue_of(site): Queue()})
+            for site in regions
+            if authority_of[site] == authority
+        ]
+        async with router(folder, "admin", authority=authority) as client:
+            answer = await client.post("sites", SitesRequest(sites=wanted, reason=reason), ChangedAnswer)
+        await settle(folder, answer)
+    return authority_of
 
 
 async def settle(folder: Path, changed: ChangedAnswer) -> None:

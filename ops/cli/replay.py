@@ -11,14 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from culm.errors import ClientFault
-from culm.registry_wire import ChangedAnswer, SitesRequest, TopologyAnswer
-from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
+from culm.registry_wire import TopologyAnswer
+from culm.topology import CENTRAL, Topology
 from culm.wire import Principal
 from loadtest import workload_log
 from loadtest.replay import Plan, Replay, ReplayReport, queue_of
 from ops.cli import exits
 from ops.cli.options import DIR, OUTPUT, console, router, token
-from ops.cli.registry import settle
+from ops.cli.registry import register_sites
 from ops.cluster import control
 
 TOKEN_S = 86_400.0
@@ -45,7 +45,7 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
     """
     jobs = workload_log.read(log, n_jobs)
     plan = Plan(jobs, how["speed"], int(how["n_pilots"]), how["patience_s"])
-    report = asyncio.run(_run(folder, plan))
+    _, report = asyncio.run(send(folder, plan))
     if output == "json":
         click.echo(msgspec.json.encode(report))
     else:
@@ -54,7 +54,11 @@ def replay(folder: Path, output: str, n_jobs: int, log: Path, **how: float) -> N
         sys.exit(exits.FAILED)
 
 
-async def _run(folder: Path, plan: Plan) -> ReplayReport:
+async def send(folder: Path, plan: Plan) -> tuple[Replay, ReplayReport]:
+    """Register the log's sites and replay it, with a progress bar; the clients' books, and what became of the jobs.
+
+    Raises ClientFault(no_keys), Unavailable(not_running), and what no client could repair.
+    """
     layout = control.running(folder)
     replay = Replay(plan)
     authority_of = await _register(folder, replay.sites)
@@ -78,7 +82,7 @@ async def _run(folder: Path, plan: Plan) -> ReplayReport:
 
         showing = asyncio.create_task(show())
         try:
-            return await replay.run(
+            report = await replay.run(
                 layout.router_url,
                 user_token,
                 lambda site: token(folder, "pilot", authority_of[site]),
@@ -88,29 +92,17 @@ async def _run(folder: Path, plan: Plan) -> ReplayReport:
             showing.cancel()
             for bar, n_done in zip(bars, (len(replay.accepted), len(replay.ended)), strict=True):
                 progress.update(bar, completed=n_done)
+    return replay, report
 
 
 async def _register(folder: Path, sites: list[str]) -> dict[str, str]:
-    """Register the log's sites, each in its region; which authority decides about each."""
+    """Register the log's sites, each in its region, unless it is known; which authority decides about each."""
     async with router(folder, "admin") as client:
         known = Topology((await client.get("topology", {}, TopologyAnswer)).sections)
     regions = {
         site: known.sites[site].region if site in known.sites else workload_log.region_of(site) for site in sites
     }
-    authority_of = {
-        site: known.authority_of_region(region) if region in known.regions else CENTRAL
-        for site, region in regions.items()
-    }
-    for authority in set(authority_of.values()):
-        wanted = [
-            SiteRegistration(name=site, region=regions[site], queues={queue_of(site): Queue()})
-            for site in sites
-            if authority_of[site] == authority
-        ]
-        async with router(folder, "admin", authority=authority) as client:
-            answer = await client.post("sites", SitesRequest(sites=wanted, reason="replay of a log"), ChangedAnswer)
-        await settle(folder, answer)
-    return authority_of
+    return await register_sites(folder, known, regions, queue_of, "replay of a log")
 
 
 def _print(report: ReplayReport) -> None:

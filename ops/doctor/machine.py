@@ -96,7 +96,7 @@ def storage(layout: Layout) -> Iterator[Check]:
     try:
         usage = shutil.disk_usage(folder)
         yield space(folder, usage.free)
-        yield sync_time(folder, _sync_ms(folder))
+        yield sync_time(folder, sync_ms(folder))
     except OSError as error:
         yield Check(name="disk", level="bad", text=f"{folder}: {error.strerror}", advice="--dir names another folder")
 
@@ -122,7 +122,8 @@ def sync_time(folder: Path, median_ms: float) -> Check:
     return Check(name="fdatasync", text=told)
 
 
-def _sync_ms(folder: Path) -> float:
+def sync_ms(folder: Path) -> float:
+    """The median time of an fdatasync there, in milliseconds. Raises OSError."""
     times: list[float] = []
     block = os.urandom(SYNC_BYTES)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:

@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAY_BE_LONGER = frozenset({"culm/wire.py"})
 """Modules and functions (`path` or `path:name`) that were argued for. wire.py: one page holds the whole contract."""
-LOCKS = [Path("requirements.lock"), Path("requirements-test.lock")]
+LOCKS = [Path("requirements.lock"), Path("requirements-load.lock"), Path("requirements-test.lock")]
+"""Each holds what the one before it holds: the product, with the load tests, with the tests."""
 _PINNED = re.compile(r"^([a-z0-9][a-z0-9-]*)==(\S+)", re.MULTILINE | re.IGNORECASE)
 
 
@@ -56,14 +58,15 @@ def test_a_lock_names_no_host_and_hashes_everything(path: Path) -> None:
     assert [block.split()[0] for block in pinned if "--hash=sha256:" not in block] == []
 
 
-def test_the_two_locks_agree() -> None:
-    product, everything = (_pins(path) for path in LOCKS)
-    assert product.items() <= everything.items()
+def test_the_locks_agree() -> None:
+    for smaller, larger in pairwise(map(_pins, LOCKS)):
+        assert smaller.items() <= larger.items()
 
 
 def test_the_locks_hold_what_the_project_asks_for() -> None:
     project = tomllib.loads(text(Path("pyproject.toml")))["project"]
-    for path, wanted in zip(LOCKS, (project["dependencies"], project["optional-dependencies"]["test"]), strict=True):
+    extras = project["optional-dependencies"]
+    for path, wanted in zip(LOCKS, (project["dependencies"], extras["load"], extras["test"]), strict=True):
         names = {re.split(r"[<>=\[ ]", requirement)[0].lower() for requirement in wanted}
         assert names - _pins(path).keys() == set()
 

@@ -17,7 +17,7 @@ from tests.traffic import ADMIN
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.system
-LOCKS = ("requirements.lock", "requirements-test.lock")
+LOCKS = ("requirements.lock", "requirements-load.lock", "requirements-test.lock")
 
 
 def _culm(*words: str, stdout: int) -> "subprocess.CompletedProcess[str]":
@@ -62,19 +62,24 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "installs"),
     [
-        (("test", "--help"), False),
-        (("test", "tests/unit", "-h"), False),
-        (("status", "--help"), False),
-        (("test",), True),
-        (("test", "tests/unit"), True),
-        (("test", "--", "--help"), True),
+        (("test", "--help"), ""),
+        (("test", "tests/unit", "-h"), ""),
+        (("status", "--help"), ""),
+        (("load", "run", "--help"), ""),
+        (("load", "list"), "load"),
+        (("load", "run", "smoke"), "load"),
+        (("test",), "test"),
+        (("test", "tests/unit"), "test"),
+        (("test", "--", "--help"), "test"),
     ],
 )
-def test_only_tests_that_run_need_their_packages(words: tuple[str, ...], installs: bool, checkout: Path) -> None:
+def test_only_what_runs_needs_packages_of_its_own(words: tuple[str, ...], installs: str, checkout: Path) -> None:
     done = subprocess.run(
         [str(checkout / "bin" / "culm"), *words], capture_output=True, text=True, timeout=60, check=True
     )
-    assert ("installing requirements-test.lock" in done.stderr) is installs
+    assert [line.split()[2] for line in done.stderr.splitlines() if "installing" in line] == (
+        [f"requirements-{installs}.lock"] if installs else []
+    )
     assert done.stdout.splitlines()[-1] == " ".join(("-P -m ops", *words))
 
 

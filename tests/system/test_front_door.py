@@ -35,7 +35,7 @@ def checkout() -> Iterator[Path]:
         (root / "ops").mkdir()
         (root / "ops" / "__init__.py").touch()
         (root / "ops" / "__main__.py").write_text(SAYS_WHERE, encoding="utf-8")
-        for lock in ("requirements.lock", "requirements-test.lock"):
+        for lock in ("requirements.lock", "requirements-load.lock", "requirements-test.lock"):
             (root / lock).touch()
         yield root
 
@@ -85,9 +85,11 @@ def test_the_first_run_installs_and_the_second_does_not(checkout: Path) -> None:
     assert "installing requirements.lock" in first.stderr
     second = front_door(checkout)
     assert (ran_in(second, checkout / ".venv"), second.stderr) == (True, "")
-    # The tests need more; after them the command needs nothing.
+    # The load tests need more, the tests still more; after them no command needs anything.
+    assert "installing requirements-load.lock" in front_door(checkout, "load", "list").stderr
     assert "installing requirements-test.lock" in front_door(checkout, "test").stderr
     assert front_door(checkout).stderr == ""
+    assert front_door(checkout, "load", "list").stderr == ""
 
 
 def test_a_changed_lock_file_is_installed(checkout: Path) -> None:
