@@ -12,7 +12,7 @@ import pytest
 from culm.errors import Unavailable
 from culm.settings import ShardSettings, Timeouts
 from culm.states import Event, State
-from culm.topology import Placement, Topology
+from culm.topology import Placement, Shard, Topology
 from culm.wire import InputFile
 from ops.audit import RULES, Finding, audit
 from shard.dispatch_queue import QueueLostError
@@ -270,7 +270,7 @@ async def test_a_strict_regions_job_elsewhere_is_found(world: World) -> None:
     region = section.regions["US"]
     moved = msgspec.structs.replace(
         section,
-        shards=section.shards | {"eu1": section.shards["us1"]},
+        shards=section.shards | {"eu1": Shard(link="unix:/nowhere/eu1")},
         regions={"US": msgspec.structs.replace(region, strict=True, shards=["eu1"])},
         placement={slot: Placement("eu1", place.epoch) for slot, place in section.placement.items()},
     )

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from culm.errors import Conflict, CulmError
+from culm.errors import ClientFault, Conflict, CulmError
 from culm.settings import DispatchSettings, Timeouts
 from culm.states import FINAL, LEASED, PILOT_EVENTS, TRANSITIONS, UNREADY, Event, State
 from culm.wire import Grant, InputFile, JobSpec
 from ops.audit import audit
-from shard.lifecycle import DATA_EVENTS, HEARTBEAT_STATES
+from shard.lifecycle import DATA_EVENTS, HEARTBEAT_STATES, REPORTED
 from tests.partition import ADMIN, Partition, Servers, job, partition
 
 N_STEPS = 300
@@ -39,6 +39,10 @@ class _Modelled:
     """All that were ever given, the last one being the lease while there is one."""
     reported: dict[int, State] = field(default_factory=dict)
     """By attempt: the answer of the report that ended it."""
+    said: set[tuple[int, Event]] = field(default_factory=set)
+    """By attempt, whatever has happened."""
+    given_back: set[int] = field(default_factory=set)
+    """Attempts whose pilots gave the job back."""
 
     history: set[Event] = field(default_factory=set)
     """What has moved it: the data side's repeat of one of these is answered."""
@@ -108,9 +112,13 @@ class _Walk:
             return
         says = self.dice.choice(sorted(PILOT_EVENTS))
         event = PILOT_EVENTS[says]
+        if says not in REPORTED:
+            await self.refused(self.shard.report(one.grants[-1], says), "bad_report", ClientFault)
+            return
         if event is Event.RELEASE and one.asked_to_cancel:
             event = Event.CANCEL
-        repeated = says == one.state and one.state in AFTER_WORKER
+        said_before = (one.attempt, event) in one.said and (one.state, event) not in TRANSITIONS
+        repeated = says in AFTER_WORKER and (says == one.state or said_before)
         if not repeated and (one.state, event) not in TRANSITIONS:
             await self.refused(self.shard.report(one.grants[-1], says), "bad_transition")
             return
@@ -119,7 +127,9 @@ class _Walk:
             self.moved(one, event)
         if one.state not in LEASED:
             one.reported[one.attempt] = one.state
-        assert (answer.state, answer.attempt) == (one.state, one.attempt)
+            if says is State.ACTIVATED:
+                one.given_back.add(one.attempt)
+        assert (answer.state, answer.attempt) == (says if repeated else one.state, one.attempt)
 
     async def data(self) -> None:
         one = self.pick(UNREADY | AFTER_WORKER) if self.dice.random() < 0.8 else self.pick(frozenset(State))
@@ -186,17 +196,20 @@ class _Walk:
             await self.refused(self.shard.report(grant, **wrong), "lease_lost")
             await self.refused(self.shard.heartbeat(grant, **wrong), "lease_lost")
         elif grant.attempt in one.reported:
-            # Told once more, in other words too: the first answer.
+            # Told once more, in other words too: the first answer. But who gave it back has nothing else to say.
             says = self.dice.choice([State.FINISHED, State.FAILED, State.ACTIVATED])
+            if grant.attempt in one.given_back and says is not State.ACTIVATED:
+                await self.refused(self.shard.report(grant, says), "lease_lost")
+                return
             assert (await self.shard.report(grant, says)).state is one.reported[grant.attempt]
         else:
             await self.refused(self.shard.report(grant), "lease_lost")
             await self.refused(self.shard.heartbeat(grant), "lease_lost")
 
-    async def refused(self, call: object, code: str) -> None:
+    async def refused(self, call: object, code: str, kind: type[CulmError] = Conflict) -> None:
         with pytest.raises(CulmError) as told:
             await call  # type: ignore[misc]
-        assert (told.type, told.value.code) == (Conflict, code)
+        assert (told.type, told.value.code) == (kind, code)
         self.n_refused += 1
 
     async def compare(self) -> None:
@@ -209,6 +222,7 @@ class _Walk:
 
     def moved(self, one: _Modelled, event: Event) -> None:
         self.seen.add((one.state, event))
+        one.said.add((one.attempt, event))
         one.go(event)
 
     def pick(self, states: frozenset[State]) -> _Modelled | None:
