@@ -1,8 +1,8 @@
 """get_job: batches by nature, not by timer.
 
-What arrived while the last commits were in flight is the next batch; one worker per claim connection. A request that
-finds nothing may wait parked; it is woken by the announcement of a fitting job. A client that goes away while its
-request waits or is being answered gives its job back at once.
+What arrived while the last commits were in flight is the next batch; one worker per claim connection, which take turns
+(`shard.turns`). A request that finds nothing may wait parked; it is woken by the announcement of a fitting job. A
+client that goes away while its request waits or is being answered gives its job back at once.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ from shard.parking import Parking
 from shard.refill import Refill
 from shard.request import Request, Wake
 from shard.terms import Terms
+from shard.turns import Turns
 
 CONTENDED_PAUSE_S = 0.003
 """A rival holds the only candidates: he commits or gives up in about this time."""
@@ -70,7 +71,7 @@ class Dispatcher:
         self._parts = parts
         self._settings = settings
         self._pending: deque[Request] = deque()
-        self._arrived = asyncio.Event()
+        self._turns = Turns(lambda: len(self._pending))
         self._numbers = itertools.count()
         self._requests: dict[tuple[str, str], Request] = {}
         self._parking: Parking[Request] = Parking()
@@ -92,7 +93,7 @@ class Dispatcher:
         self._stopping = True
         for request in self._parking.everyone():
             self._answer(request, GetJobAnswer())
-        self._arrived.set()
+        self._turns.over()
         if self._workers:
             _, late = await asyncio.wait(self._workers, timeout=self._settings.stop_s)
             for worker in late:
@@ -193,10 +194,11 @@ class Dispatcher:
     async def _work(self) -> None:
         # Not until it is cancelled: redis-py can swallow that (see service.Loops), and what was begun is ended.
         while not self._stopping:
-            await self._arrived.wait()
+            await self._turns.wait()
             batch = self._next_batch()
             if batch:
-                await self._serve(batch)
+                with self._turns.batch(len(batch)):
+                    await self._serve(batch)
 
     def _next_batch(self) -> list[Request]:
         batch: list[Request] = []
@@ -208,8 +210,6 @@ class Dispatcher:
                 continue
             n_jobs += request.n_jobs
             batch.append(request)
-        if not self._pending:
-            self._arrived.clear()
         PENDING.set(len(self._pending))
         return batch
 
@@ -283,7 +283,7 @@ class Dispatcher:
                 if seats and n_keys > MAX_KEYS_PER_BATCH:
                     self._pending.extendleft(reversed(batch[len(seats) :]))
                     del batch[len(seats) :]
-                    self._arrived.set()
+                    self._turns.look()
                     break
                 seen.add(keys)
             seats.append(Seat(request.call, keys))
@@ -451,7 +451,7 @@ class Dispatcher:
             self._fail(request, Unavailable("stopping", "the shard is stopping"))
             return
         self._pending.append(request)
-        self._arrived.set()
+        self._turns.look()
 
     # --- beside the path
 

@@ -27,6 +27,7 @@ from shard.lifecycle import AFTER_WORKER, ENCODER, HEARTBEAT_STATES, REPORTED, L
 from shard.metrics import SIGN_BATCHES, SIGNS_PENDING
 from shard.ownership import Ownership
 from shard.transitions import Change, Job, Lease, job_of, note, writes
+from shard.turns import Turns
 
 N_WORKERS: Final = 2
 MAX_BATCH: Final = 128
@@ -69,7 +70,7 @@ class Signs:
         self._lifecycle = lifecycle
         self._notices = notices
         self._pending: deque[_Sign] = deque()
-        self._arrived = asyncio.Event()
+        self._turns = Turns(lambda: len(self._pending))
         self._workers: list[asyncio.Task[None]] = []
         self._singles: set[asyncio.Task[None]] = set()
         self._behind: dict[int, deque[_Sign]] = {}
@@ -85,7 +86,7 @@ class Signs:
     async def stop(self) -> None:
         """Answer what has been begun, then stop."""
         self._stopping = True
-        self._arrived.set()
+        self._turns.over()
         if self._workers:
             _, late = await asyncio.wait(self._workers, timeout=STOP_S)
             for worker in late:
@@ -117,7 +118,7 @@ class Signs:
         if behind is None:
             self._behind[request.id] = deque()
             self._pending.append(sign)
-            self._arrived.set()
+            self._turns.look()
         elif len(behind) >= MAX_PER_JOB:
             _FULL.inc()
             raise Unavailable("overloaded", f"too many heartbeats and reports of job {request.id} are waiting")
@@ -128,10 +129,11 @@ class Signs:
 
     async def _work(self) -> None:
         while not self._stopping or self._pending:
-            await self._arrived.wait()
+            await self._turns.wait()
             batch = self._next_batch()
             if batch:
-                await self._serve(batch)
+                with self._turns.batch(len(batch)):
+                    await self._serve(batch)
 
     def _next_batch(self) -> list[_Sign]:
         """Words about different jobs, for of each at most one is pending. Who sent a heartbeat and went is left out."""
@@ -142,8 +144,6 @@ class Signs:
                 self._said(sign)
             else:
                 batch.append(sign)
-        if not self._pending:
-            self._arrived.clear()
         SIGNS_PENDING.set(len(self._pending) + self._n_behind)
         return batch
 
@@ -197,8 +197,7 @@ class Signs:
             self._pending.append(behind.popleft())
         else:
             del self._behind[sign.call.request.id]
-        if self._pending or self._stopping:
-            self._arrived.set()
+        self._turns.look()
 
     async def _apply(self, tx: Transaction, batch: Sequence[_Sign]) -> tuple[dict[_Sign, Answer], list[Hint]]:
         ids = tuple(sorted(sign.call.request.id for sign in batch))

@@ -37,14 +37,17 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What came back: one entry per body, in the order of the answers."""
+    """What came back, in the order of the answers."""
 
     wall_s: float
     cpu_s: float
     n_requests: int
     latencies_ms: list[float]
+    """Of those that were answered with 200."""
     statuses: dict[int, int]
     answers: list[bytes]
+    refused_ms: list[float] = []
+    """The latencies of the others."""
 
 
 class _Client(asyncio.Protocol):
@@ -111,6 +114,7 @@ class _Run:
         self._done = done
         self.n_lost = 0
         self.latencies: list[float] = []
+        self.refused: list[float] = []
         self.statuses: dict[int, int] = {}
         self.answers: list[bytes] = []
 
@@ -126,7 +130,7 @@ class _Run:
         return None if body is None else b"%sContent-Length: %d\r\n\r\n%s" % (self._head, len(body), body)
 
     def answered(self, status: int, body: bytes, seconds: float) -> None:
-        self.latencies.append(seconds * 1000)
+        (self.latencies if status == 200 else self.refused).append(seconds * 1000)
         self.statuses[status] = self.statuses.get(status, 0) + 1
         self.answers.append(body)
 
@@ -173,6 +177,7 @@ async def run(order: Order) -> Result:
         latencies_ms=work.latencies,
         statuses=work.statuses,
         answers=work.answers,
+        refused_ms=work.refused,
     )
 
 

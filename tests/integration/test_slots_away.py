@@ -222,10 +222,13 @@ async def test_a_release_does_not_end_the_lease_of_the_next_request(both: Server
                 return rows
 
         async def slow(tx: Transaction) -> object:
-            return await released(_Slow(tx._connection, tx.writer, tx._timeout_s), "pilots", "the-first")
+            return await released(_Slow(tx._connection, tx.writer, tx._timeout_s, tx._max_packet_bytes), "pilots", "the-first")
 
         releasing = asyncio.create_task(shard.shard.database.run("write", slow))
-        await looked.wait()
+        # Whichever comes first: one that failed would never look.
+        looking = asyncio.create_task(looked.wait())
+        await asyncio.wait([looking, releasing], return_when=asyncio.FIRST_COMPLETED)
+        assert looking.done()
         await shard.report(mine, State.ACTIVATED)
         [other] = await shard.get(request_id="the-second")
         go.set()
