@@ -33,6 +33,15 @@ class QueueRequest(Request, frozen=True, kw_only=True):
     """Kept in the topology's audit log, and with a status that it sets."""
 
 
+class SlotsRequest(Request, frozen=True, kw_only=True):
+    """Spread a hot site over more slots."""
+
+    site: Name
+    n_slots: Annotated[int, Meta(ge=1, le=1000)]
+    reason: Annotated[str, Meta(max_length=500)] = ""
+    """Kept in the topology's audit log."""
+
+
 class VoRequest(Request, frozen=True, kw_only=True):
     """Change fields of a VO's policy in this authority's section."""
 

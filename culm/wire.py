@@ -611,6 +611,20 @@ class ShardSubmitAnswer(Answer, frozen=True, kw_only=True):
     warnings: list[SubmitWarning] = []
 
 
+class ShardKnown(msgspec.Struct, frozen=True, kw_only=True):
+    """In which of these slots jobs of an account and an idempotency key are stored."""
+
+    account: str
+    key: str
+    slots: list[int]
+
+
+class ShardKnownAnswer(Answer, frozen=True, kw_only=True):
+    """Those of the slots."""
+
+    slots: list[int]
+
+
 class LeaseTimes(msgspec.Struct, frozen=True, array_like=True):
     """Time-outs of a computing queue, seconds; 0 means the shard's default."""
 

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from culm import get_job_times, service
 from culm.errors import ClientFault, CulmError
-from culm.registry_wire import BanRequest, QueueRequest, ShardRequest, SitesRequest, VoRequest
+from culm.registry_wire import BanRequest, QueueRequest, ShardRequest, SitesRequest, SlotsRequest, VoRequest
 from culm.settings import RouterSettings
 from culm.tokens import Verifier
 from culm.wire import (
@@ -65,6 +65,7 @@ class Front:
                 self._post("sites", SitesRequest, lambda who, body: registry.register(home, who, body)),
                 self._post("queue", QueueRequest, lambda who, body: registry.set_fields(home, who, body)),
                 self._post("vo", VoRequest, lambda who, body: registry.set_vo_fields(home, who, body)),
+                self._post("slots", SlotsRequest, lambda who, body: registry.spread(home, who, body)),
                 self._post("ban", BanRequest, lambda who, body: registry.ban(home, who, body)),
                 self._post("shard", ShardRequest, lambda who, body: registry.join(home, forward.links, who, body)),
                 web.post("/v1/get_job", self._get_job),

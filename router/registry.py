@@ -17,11 +17,13 @@ from culm.registry_wire import (
     QueueRequest,
     ShardRequest,
     SitesRequest,
+    SlotsRequest,
     TopologyAnswer,
     VoRequest,
 )
+from culm.section_changes import add_shard, register_sites, set_ban, set_queue, set_slots, set_vo
 from culm.shard_links import ShardLinks
-from culm.topology import Section, Shard, Topology, add_shard, register_sites, set_ban, set_queue, set_vo
+from culm.topology import Section, Shard, Topology
 from culm.topology_store import Who
 from culm.wire import Principal
 
@@ -88,6 +90,16 @@ async def set_fields(home: Home, principal: Principal, request: QueueRequest) ->
         # A reason marks the status as set by an operator: a push of the catalogue keeps it.
         changes.setdefault("reason", request.reason or f"set by {principal.subject}")
     return await _change(home, principal, lambda section: set_queue(section, request.queue, **changes), request.reason)
+
+
+async def spread(home: Home, principal: Principal, request: SlotsRequest) -> ChangedAnswer:
+    """Raises ClientFault (forbidden, unknown_site, too_many_slots), Conflict (slots_cannot_shrink, ..).
+
+    Safe to retry: yes.
+    """
+    return await _change(
+        home, principal, lambda section: set_slots(section, request.site, request.n_slots), request.reason
+    )
 
 
 async def set_vo_fields(home: Home, principal: Principal, request: VoRequest) -> ChangedAnswer:

@@ -1,8 +1,10 @@
 """From what a request names to slots and offers: pure, over one Topology."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
 
 from culm import labels
 from culm.errors import ClientFault
@@ -35,15 +37,45 @@ def jobset_of(owner: str, key: str) -> int:
     return stable_hash("jobset", owner, key) or 1
 
 
-def split_by_shard(topology: Topology, specs: Sequence[JobSpec], key: str, authority: str) -> list[ShardPart]:
+def slots_of_key(site: Site, key: str) -> list[int]:
+    """Where a site with several slots keeps the jobs of an idempotency key: in the last of these, or in an earlier one.
+
+    Each is the slot that the key had while the site had fewer slots (rendezvous hashing: a new slot takes keys from
+    the others, and changes nothing between those). The first is where the key was when the site had one.
+    """
+    return _slots_of_key(tuple(site.slots), key)
+
+
+@lru_cache(maxsize=1024)
+def _slots_of_key(slots: tuple[int, ...], key: str) -> list[int]:
+    found: list[int] = []
+    best = -1
+    for slot in slots:
+        weight = stable_hash(key, str(slot))
+        if weight > best:
+            best = weight
+            found.append(slot)
+    return found
+
+
+def split_by_shard(
+    topology: Topology,
+    specs: Sequence[JobSpec],
+    key: str,
+    authority: str,
+    known: Mapping[int, int] = MappingProxyType({}),
+) -> list[ShardPart]:
     """Cut a call into the parts of its shards, in the order of the slots' first jobs; `authority` is the submitter's.
+
+    `known` says of a slot that the key has now in which one its jobs are already, if the site had fewer slots then.
 
     Raises ClientFault (unknown_queue, unknown_site, unknown_region, bad_target) that names the first offending job.
     """
     places: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         try:
-            places.setdefault(target_slot(topology, spec, key, authority), []).append(index)
+            slot = target_slot(topology, spec, key, authority)
+            places.setdefault(known.get(slot, slot), []).append(index)
         except ClientFault as error:
             raise ClientFault(
                 error.code, f"jobs[{index}]: {error.message}", http_status=error.http_status, details={"index": index}
@@ -62,7 +94,8 @@ def split_by_shard(topology: Topology, specs: Sequence[JobSpec], key: str, autho
 def target_slot(topology: Topology, spec: JobSpec, key: str, authority: str) -> int:
     """The slot of a job: a computing queue's or site's pin beats a region's, that beats the authority's default region.
 
-    A site with several slots takes the one that the idempotency key says, so that a repeat goes where the first went.
+    A site with several slots takes the one that the idempotency key says, so that jobs spread and a repeat goes where
+    the first went (`slots_of_key`).
     """
     if spec.queue:
         site_name, site, _ = topology.queue(spec.queue)
@@ -77,7 +110,7 @@ def target_slot(topology: Topology, spec: JobSpec, key: str, authority: str) -> 
         return topology.region(name).slot
     if spec.region and spec.region != site.region:
         raise ClientFault("bad_target", f"site {site_name} belongs to region {site.region}, not to {spec.region}")
-    return site.slots[stable_hash(key) % len(site.slots)]
+    return slots_of_key(site, key)[-1]
 
 
 def pilot_slots(topology: Topology, site: Site, pilot_id: str) -> list[tuple[str, list[SlotRef]]]:

@@ -17,6 +17,8 @@ from culm.wire import (
     Principal,
     ShardDepths,
     ShardDepthsAnswer,
+    ShardKnown,
+    ShardKnownAnswer,
     ShardOutcome,
     ShardSubmit,
     ShardSubmitAnswer,
@@ -26,7 +28,7 @@ from culm.wire import (
 )
 from router.forward import Forward
 from router.policy import check_jobs
-from router.resolve import ShardPart, jobset_of, split_by_shard
+from router.resolve import ShardPart, jobset_of, slots_of_key, split_by_shard
 
 _CANONICAL: Final = msgspec.msgpack.Encoder(order="deterministic")
 
@@ -52,7 +54,8 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
     digest = hashlib.blake2b(_CANONICAL.encode((jobset, request.jobs)), digest_size=16).digest()
 
     async def attempt(topology: Topology) -> SubmitAnswer:
-        parts = split_by_shard(topology, request.jobs, request.idempotency_key, principal.authority)
+        known = await _stored_before(forward, topology, principal, request)
+        parts = split_by_shard(topology, request.jobs, request.idempotency_key, principal.authority, known)
         _require_not_banned(topology, principal, parts)
         calls = [
             (
@@ -72,6 +75,32 @@ async def submit(forward: Forward, principal: Principal, request: SubmitRequest)
         return _merge(len(request.jobs), jobset, list(zip(parts, answers, strict=True)))
 
     return await forward.corrected(attempt)
+
+
+async def _stored_before(
+    forward: Forward, topology: Topology, principal: Principal, request: SubmitRequest
+) -> dict[int, int]:
+    """By the slot that the key has now: where its jobs are already, if a hot site had fewer slots then (I2).
+
+    Asked of sites with several slots only. Raises Unavailable where a shard gives no answer: to go on would be to risk
+    that the jobs are stored twice.
+    """
+    names = {topology.queue(spec.queue)[0] if spec.queue else spec.site for spec in request.jobs} - {""}
+    hot = [site for site in map(topology.site, sorted(names)) if len(site.slots) > 1]
+    before = {slots[-1]: slots[:-1] for site in hot if len(slots := slots_of_key(site, request.idempotency_key)) > 1}
+    by_shard: dict[str, list[int]] = {}
+    for slot in {slot for slots in before.values() for slot in slots}:
+        by_shard.setdefault(topology.place(slot).shard, []).append(slot)
+    asked = [
+        (shard, ShardKnown(account=principal.account, key=request.idempotency_key, slots=slots))
+        for shard, slots in by_shard.items()
+    ]
+    stored: set[int] = set()
+    for answer in await forward.links.ask_many(asked, "known", ShardKnownAnswer, forward.deadline_s):
+        if isinstance(answer, CulmError):
+            raise answer
+        stored.update(answer.slots)
+    return {now: next(slot for slot in slots if slot in stored) for now, slots in before.items() if stored & {*slots}}
 
 
 def _require_not_banned(topology: Topology, principal: Principal, parts: list[ShardPart]) -> None:

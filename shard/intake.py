@@ -24,6 +24,8 @@ from culm.wire import (
     Happening,
     JobSpec,
     Principal,
+    ShardKnown,
+    ShardKnownAnswer,
     ShardSubmit,
     ShardSubmitAnswer,
     SlotJobs,
@@ -137,6 +139,12 @@ class Intake:
             first_ids=[found[part.at.slot] for part in call.parts],
             warnings=self._warn((part.at.slot, job.needs) for part, jobs in wanted for job in jobs),
         )
+
+    async def known(self, call: ShardKnown) -> ShardKnownAnswer:
+        """In which slots a key has stored jobs. Raises Unavailable. Safe to retry: yes."""
+        rows = await self._database.run("read", lambda tx: tx.fetch("find_submissions", call.account, call.key))
+        stored = {row[0] for row in rows}
+        return ShardKnownAnswer(slots=[slot for slot in call.slots if slot in stored])
 
     def _require_room(self, call: ShardSubmit, wanted: Sequence[tuple[SlotJobs, list[_Wanted]]]) -> None:
         """Before anything is stored; two submits at once may pass both, which the bounds can bear."""

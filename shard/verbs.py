@@ -30,6 +30,7 @@ from culm.wire import (
     ShardHeartbeat,
     ShardJob,
     ShardJobs,
+    ShardKnown,
     ShardPileUps,
     ShardPilots,
     ShardRelease,
@@ -85,6 +86,7 @@ class Verbs:
         topology, database = cases.topology, cases.database
         self._table: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any], Awaitable[msgspec.Struct]]]] = {
             "submit": _entry(ShardSubmit, cases.intake.submit),
+            "known": _entry(ShardKnown, cases.intake.known),
             "get_job": (_GET_JOB, self._get_job),
             "heartbeat": _entry(ShardHeartbeat, cases.lifecycle.heartbeat),
             "report": _entry(ShardReport, cases.lifecycle.report),

@@ -18,9 +18,10 @@ from culm import topology_store
 from culm.errors import Unavailable
 from culm.link import LinkClient, LinkOptions
 from culm.matching import Offer
+from culm.section_changes import register_sites
 from culm.settings import ArchiveSettings, DatabaseSettings, DispatchSettings, ShardSettings, SubmitDefaults, Timeouts
 from culm.states import Event, State
-from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology, register_sites
+from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology
 from culm.topology import Shard as ShardEntry
 from culm.wire import (
     CancelAnswer,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from culm import topology_store
+from culm.section_changes import register_sites
 from culm.settings import ArchiveSettings, DatabaseSettings, DispatchSettings, ShardSettings, Timeouts
-from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology, register_sites
+from culm.topology import Placement, Queue, Region, Section, SiteRegistration, Topology
 from culm.topology import Shard as ShardEntry
 from culm.topology_store import Who
 from shard.driver import connect

@@ -15,7 +15,8 @@ from rich.table import Table
 from culm import topology_store
 from culm.errors import ClientFault, Conflict, CulmError, Unavailable
 from culm.registry_wire import ChangedAnswer, ShardRequest
-from culm.topology import Section, Shard, Topology, add_shard
+from culm.section_changes import add_shard
+from culm.topology import Section, Shard, Topology
 from ops import section_diff
 from ops.cli.options import AUTHORITY, DIR, OUTPUT, console, monitor, router
 from ops.cli.registry import settle, topology_of

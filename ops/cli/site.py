@@ -11,9 +11,10 @@ import click
 import msgspec
 from rich.table import Table
 
-from culm.errors import Conflict
-from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest
-from culm.topology import CENTRAL, Queue, SiteRegistration, Topology, register_sites
+from culm.errors import ClientFault, Conflict
+from culm.registry_wire import ChangedAnswer, QueueRequest, SitesRequest, SlotsRequest
+from culm.section_changes import register_sites
+from culm.topology import CENTRAL, Queue, SiteRegistration, Topology
 from culm.wire import SiteWhyAnswer
 from culm.words import counted
 from ops import catalogue
@@ -134,10 +135,15 @@ def _show_why(answer: SiteWhyAnswer) -> None:
     default="",
     help="Kept in the audit, and with the computing queue: an import leaves its status alone.  [default: set by NAME]",
 )
+@click.option("--slots", "n_slots", type=click.IntRange(min=1), help="Of a hot site: spread it over so many slots.")
 @click.argument("queue")
-@click.argument("changes", nargs=-1, required=True)
-def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue: str, changes: tuple[str, ...]) -> None:
+@click.argument("changes", nargs=-1)
+def set_fields(folder: Path, *, queue: str, changes: tuple[str, ...], n_slots: int | None, **rest: Any) -> None:
     """Change fields of a computing queue, with the admin's token of the authority that it belongs to.
+
+    With --slots QUEUE names a site: its jobs that come from now on spread over that many slots, which may lie on
+    several shards of its region; its pilots take from all of them. What is there stays where it is, and a site never
+    gets fewer slots.
 
     What it says of time-outs and defaults comes before its jobs' VO (culm vo set) and the shard's settings; 0 says
     nothing.
@@ -146,15 +152,24 @@ def set_fields(folder: Path, *, authority: str, output: str, reason: str, queue:
     Examples:
       culm site set BNL-q status=offline --reason "cooling"
       culm site set BNL-q memory_mb=8000 heartbeat_s=1800 default_memory_mb=2000
+      culm site set BNL --slots 4 --reason "half of all jobs"
     """
-    wanted = fields(changes, Queue, "bad_queue")
+    authority, output, reason = rest["authority"], rest["output"], rest["reason"]
+    if (n_slots is None) == (not changes):
+        raise ClientFault("bad_queue", "exactly one is needed: fields of a computing queue, or a site and --slots")
     known = topology_of(folder, authority)
-    owner = known.authority_of_region(known.queue(queue)[1].region)
+    request: QueueRequest | SlotsRequest
+    if n_slots is not None:
+        verb, region = "slots", known.site(queue).region
+        request = SlotsRequest(site=queue, n_slots=n_slots, reason=reason)
+    else:
+        verb, region = "queue", known.queue(queue)[1].region
+        request = QueueRequest(queue=queue, changes=fields(changes, Queue, "bad_queue"), reason=reason)
+    owner = known.authority_of_region(region)
 
     async def ask() -> ChangedAnswer:
         async with router(folder, "admin", authority=owner) as client:
-            request = QueueRequest(queue=queue, changes=wanted, reason=reason)
-            answer = await client.post("queue", request, ChangedAnswer)
+            answer = await client.post(verb, request, ChangedAnswer)
         await settle(folder, answer)
         return answer
 

@@ -12,18 +12,9 @@ from typing import Any, Final
 
 from culm import topology_store
 from culm.errors import ClientFault, Conflict, CulmError
+from culm.section_changes import register_sites
 from culm.tokens import Verifier, adopt_keys, told_keys
-from culm.topology import (
-    CENTRAL,
-    SLOT_BLOCKS,
-    Placement,
-    Queue,
-    Region,
-    Section,
-    Shard,
-    SiteRegistration,
-    register_sites,
-)
+from culm.topology import CENTRAL, SLOT_BLOCKS, Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.topology_store import Who
 from culm.wire import Principal
 from ops.cluster.layout import FIRST_SHARDS, Layout, make_private

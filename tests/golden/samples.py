@@ -330,6 +330,8 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
     wire.ShardHappeningsAnswer(generation="0a1b", seq=9, reset=False, happened=[], at=1_700_000_000.0),
     wire.ShardSiteWhy(principal=PRINCIPAL, site="BNL"),
     wire.ShardJobs(principal=PRINCIPAL, query=QUERY, slots=[3], also=[4], queues=["BNL-q"]),
+    wire.ShardKnown(account="central:alice", key="my-key", slots=[3, 4]),
+    wire.ShardKnownAnswer(slots=[4]),
     wire.ShardDepths(ids=[ID]),
     wire.ShardDepthsAnswer(depths={ID: 1}),
     wire.ShardRelease(request_id="r-12345678", subject="pilots-of-bnl"),
@@ -386,6 +388,7 @@ SAMPLES: Final[tuple[msgspec.Struct, ...]] = (
         expected_epoch=42,
     ),
     registry_wire.QueueRequest(queue="BNL-q", changes={"status": "offline"}, reason="cooling"),
+    registry_wire.SlotsRequest(site="BNL", n_slots=4, reason="hot"),
     registry_wire.VoRequest(vo="atlas", changes={"heartbeat_s": 600}, expected_epoch=42, reason="short jobs"),
     registry_wire.ChangedAnswer(authority="central", epoch=43),
     registry_wire.TopologyAnswer(

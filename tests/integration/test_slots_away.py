@@ -222,7 +222,9 @@ async def test_a_release_does_not_end_the_lease_of_the_next_request(both: Server
                 return rows
 
         async def slow(tx: Transaction) -> object:
-            return await released(_Slow(tx._connection, tx.writer, tx._timeout_s, tx._max_packet_bytes), "pilots", "the-first")
+            return await released(
+                _Slow(tx._connection, tx.writer, tx._timeout_s, tx._max_packet_bytes), "pilots", "the-first"
+            )
 
         releasing = asyncio.create_task(shard.shard.database.run("write", slow))
         # Whichever comes first: one that failed would never look.

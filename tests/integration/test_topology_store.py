@@ -9,7 +9,8 @@ import pytest
 
 from culm import topology_store
 from culm.errors import ClientFault, Conflict, CulmError
-from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
+from culm.section_changes import register_sites
+from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.topology_store import HISTORY, TopologyCache, Who
 
 WHO = Who(actor="central:root", reason="a test", at=1.0)

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from culm.errors import ClientFault
-from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
+from culm.section_changes import register_sites
+from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from ops import catalogue
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "schedconfig-2009.csv"

@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 
 from culm import __version__, topology_store
 from culm.errors import Bug, ClientFault, Conflict, CulmError, Moved, Unavailable
+from culm.section_changes import register_sites
 from culm.tokens import Verifier
-from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
+from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.topology_store import Who
 from ops.cli import culm, exits
 from ops.cluster import control

@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from culm.errors import ClientFault, Conflict, CulmError
 from culm.policies import Policy
 from culm.registry_wire import ChangedAnswer, TopologyAnswer
-from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration, register_sites
+from culm.section_changes import register_sites
+from culm.topology import Placement, Queue, Region, Section, Shard, SiteRegistration
 from culm.wire import CountsAnswer, ShardsAnswer
 from ops.cli import culm, exits
 from ops.cluster.layout import Layout

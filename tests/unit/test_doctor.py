@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from culm import topology_store
-from culm.topology import Placement, Region, Section, Shard, set_ban
+from culm.section_changes import set_ban
+from culm.topology import Placement, Region, Section, Shard
 from culm.topology_store import Who
 from culm.wire import Principal
 from ops.cluster.layout import Layout

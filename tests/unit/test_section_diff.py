@@ -2,7 +2,8 @@
 
 import msgspec
 
-from culm.topology import Placement, Queue, Region, Section, Shard, Site, set_queue
+from culm.section_changes import set_queue
+from culm.topology import Placement, Queue, Region, Section, Shard, Site
 from ops.section_diff import lines
 
 replace = msgspec.structs.replace

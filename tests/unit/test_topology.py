@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from culm.errors import ClientFault, Conflict
+from culm.section_changes import add_shard, register_sites, set_queue
 from culm.topology import (
     CENTRAL,
     SLOT_BLOCKS,
@@ -21,9 +22,6 @@ from culm.topology import (
     Site,
     SiteRegistration,
     Topology,
-    add_shard,
-    register_sites,
-    set_queue,
     slot_block,
     validate,
 )

@@ -8,19 +8,9 @@ import pytest
 
 from culm.errors import ClientFault, Conflict
 from culm.put_back import Copy
+from culm.section_changes import register_sites, set_queue
 from culm.telemetry import TOPOLOGY_REFUSED
-from culm.topology import (
-    CENTRAL,
-    Placement,
-    Queue,
-    Region,
-    Section,
-    Shard,
-    Site,
-    SiteRegistration,
-    register_sites,
-    set_queue,
-)
+from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, SiteRegistration
 from culm.topology_store import (
     AUDIT,
     HISTORY,

@@ -5,21 +5,10 @@ import pytest
 
 from culm.errors import ClientFault
 from culm.policies import MAX_VOS, NO_POLICY, Policy, over
+from culm.section_changes import set_queue, set_vo
 from culm.settings import SubmitDefaults, Timeouts
 from culm.states import LEASED, State
-from culm.topology import (
-    CENTRAL,
-    Placement,
-    Queue,
-    Region,
-    Section,
-    Shard,
-    Site,
-    Topology,
-    set_queue,
-    set_vo,
-    validate,
-)
+from culm.topology import CENTRAL, Placement, Queue, Region, Section, Shard, Site, Topology, validate
 from culm.wire import JobSpec
 from shard.terms import Terms, silence_s, with_defaults
 
