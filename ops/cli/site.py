@@ -157,15 +157,13 @@ def set_fields(folder: Path, *, queue: str, changes: tuple[str, ...], n_slots: i
     authority, output, reason = rest["authority"], rest["output"], rest["reason"]
     if (n_slots is None) == (not changes):
         raise ClientFault("bad_queue", "exactly one is needed: fields of a computing queue, or a site and --slots")
-    known = topology_of(folder, authority)
     request: QueueRequest | SlotsRequest
     if n_slots is not None:
-        verb, region = "slots", known.site(queue).region
-        request = SlotsRequest(site=queue, n_slots=n_slots, reason=reason)
+        verb, request = "slots", SlotsRequest(site=queue, n_slots=n_slots, reason=reason)
     else:
-        verb, region = "queue", known.queue(queue)[1].region
-        request = QueueRequest(queue=queue, changes=fields(changes, Queue, "bad_queue"), reason=reason)
-    owner = known.authority_of_region(region)
+        verb, request = "queue", QueueRequest(queue=queue, changes=fields(changes, Queue, "bad_queue"), reason=reason)
+    known = topology_of(folder, authority)
+    owner = known.authority_of_region((known.site(queue) if verb == "slots" else known.queue(queue)[1]).region)
 
     async def ask() -> ChangedAnswer:
         async with router(folder, "admin", authority=owner) as client:

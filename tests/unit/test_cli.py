@@ -136,6 +136,8 @@ def test_without_a_cluster_it_says_how_to_get_one(words: tuple[str, ...], tmp_pa
         (("token", "rotate"), ClientFault, "no_keys"),
         (("site", "set", "q", "status"), ClientFault, "bad_queue"),
         (("site", "set", "q", "heartbeat_s=long"), ClientFault, "bad_queue"),
+        (("site", "set", "q"), ClientFault, "bad_queue"),
+        (("site", "set", "q", "cores=2", "--slots", "3"), ClientFault, "bad_queue"),
         (("vo", "set", "atlas", "heartbeat_s"), ClientFault, "bad_vo"),
         (("vo", "set", "atlas", "heartbeat_s=long"), ClientFault, "bad_vo"),
         (("vo", "set", "atlas", "colour=1"), ClientFault, "bad_vo"),
