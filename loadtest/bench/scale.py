@@ -113,7 +113,7 @@ async def parked_pilots(beds: Beds, sizes: Sizes) -> Cell:
             user_token=bed.token("user"),
             jobs=[rig.spec(site=PARKED_SITE)] * WAKES,
         )
-        n_jobs = int(WAKE_RATE * 10)
+        n_jobs = int(WAKE_RATE * sizes.parked / 1000)
         await rig.submit(bed, [rig.spec()] * n_jobs)
         with tempfile.TemporaryDirectory() as folder:
             into = Path(folder) / "result"
