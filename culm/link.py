@@ -206,6 +206,7 @@ class _Call:
     verb: str
     body: bytes
     answer: asyncio.Future[bytes]
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,7 @@ class LinkClient:
             raise Unavailable("overloaded", f"shard {self.name} has not taken the requests before this one")
         loop = asyncio.get_running_loop()
         stream = next(self._streams)
-        call = _Call(verb, body, loop.create_future())
+        call = _Call(verb, body, loop.create_future(), waits)
         connection.send(Frame(Kind.CALL, stream, verb, int(deadline_s * 1000), body))
         connection.calls[stream] = call
         connection.n_waiting += waits
@@ -338,7 +339,6 @@ class LinkClient:
     ) -> None:
         """`sent_at` is None of a call that waits."""
         timer.cancel()
-        connection.n_waiting -= sent_at is None
         if answer.cancelled():
             connection.send(Frame(Kind.CANCEL, stream))
         elif sent_at is not None:
@@ -453,6 +453,8 @@ class _ClientConnection(Connection):
             self.refuse(f"{frame.kind.name} is not for this side")
             return False
         call = self.calls.pop(frame.stream, None)
+        # Not before its answer: thousands that hang up at once are no calls under way that others must wait for.
+        self.n_waiting -= call is not None and call.waits
         if call is None:
             log.warning("link to %s: an answer for stream %d, which nobody asked", self.name, frame.stream)
         elif call.answer.done():
@@ -468,6 +470,7 @@ class _ClientConnection(Connection):
     def fail_all(self, shard: str) -> None:
         """The connection is gone: the outcome of what was under way is unknown."""
         calls, self.calls = self.calls, {}
+        self.n_waiting = 0
         for call in calls.values():
             if not call.answer.done():
                 call.answer.set_exception(

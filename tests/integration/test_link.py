@@ -400,6 +400,23 @@ async def test_calls_that_wait_have_a_bound_of_their_own(shard: Shard, folder: P
 # --- shards that go away --------------------------------------------------------------------------------------------
 
 
+async def test_many_that_hang_up_at_once_take_no_room_from_the_others(shard: Shard, folder: Path) -> None:
+    async with linked(f"unix:{folder}/s", LinkOptions(window=2, waiting=50)) as client:
+        await client.wait_connected(DEADLINE_S)
+        parked = [client.begin("stubborn", b"", DEADLINE_S, waits=True) for _ in range(50)]
+        await eventually(lambda: len(shard.started) == 50, DEADLINE_S)
+        for one in parked:
+            one.cancel()
+        # Their callers are gone, their answers still to come.
+        assert await client.call("echo", b"x", DEADLINE_S) == b"x"
+        await eventually(lambda: client._connection is not None and not client._connection.calls, DEADLINE_S)
+        assert client._connection is not None
+        assert client._connection.n_waiting == 0
+        shard.gate.set()
+        assert await client.call("wait", b"y", DEADLINE_S, waits=True) == b"y"
+        assert client._connection.n_waiting == 0
+
+
 async def test_a_shard_that_is_not_there_is_said_at_once(folder: Path) -> None:
     async with linked(f"unix:{folder}/nobody") as client:
         error = await failing(client.call("echo", b"", DEADLINE_S))
