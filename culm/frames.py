@@ -111,8 +111,10 @@ def error_from_body(body: ErrorBody) -> CulmError:
 class Connection(asyncio.Protocol):
     """Framing for both sides: reads whole frames, writes once per turn of the loop."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, says: str = "") -> None:
         self.name = name
+        self.says = says or name
+        """Who we are, in our HELLO."""
         self.transport: asyncio.Transport | None = None
         self.peer = ""
         self.heard_at = 0.0
@@ -128,7 +130,7 @@ class Connection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]
         transport.set_write_buffer_limits(high=CHUNK_BYTES)  # type: ignore[attr-defined]
         self.heard_at = self._loop.time()
-        self.send(Frame(Kind.HELLO, VERSION, self.name))
+        self.send(Frame(Kind.HELLO, VERSION, self.says))
 
     def data_received(self, data: bytes) -> None:
         """Handle every whole frame there is; whatever is no frame ends the connection."""

@@ -22,6 +22,8 @@ from culm.frames import Connection, Frame, Kind, decode_error, encode_error
 from culm.settings import TlsSettings
 from culm.telemetry import OTHER_NAME, SHED
 
+ROUTER: Final = "router"
+MONITOR: Final = "monitor"
 HELLO_TIMEOUT_S: Final = 2.0
 MAX_CALLS_PER_CONNECTION: Final = 65_536
 """A guard: above what a client's window and waiting calls come to."""
@@ -56,6 +58,8 @@ class LinkServer:
         self.begin = begin
         self.undelivered = undelivered
         self.connections: set[_ServerConnection] = set()
+        self.routers_since: float | None = None
+        """Monotonic time since which there is a router without a break; None while there is none."""
         self._server: asyncio.Server | None = None
 
     async def start(self, where: str, tls: TlsSettings | None = None) -> None:
@@ -83,6 +87,13 @@ class LinkServer:
         for connection in list(self.connections):
             connection.close()
 
+    def look(self) -> None:
+        """Somebody has greeted, or gone."""
+        if not any(one.peer not in ("", MONITOR) for one in self.connections):
+            self.routers_since = None
+        elif self.routers_since is None:
+            self.routers_since = time.monotonic()
+
     def _connection(self) -> "_ServerConnection":
         return _ServerConnection(self)
 
@@ -102,10 +113,14 @@ class _ServerConnection(Connection):
     def connection_lost(self, _exc: Exception | None) -> None:
         super().connection_lost(_exc)
         self.server.connections.discard(self)
+        self.server.look()
         if self._hello_timer is not None:
             self._hello_timer.cancel()
         for task in list(self.tasks.values()):
             task.cancel()
+
+    def ready(self) -> None:
+        self.server.look()
 
     def handle(self, frame: Frame) -> bool:
         match frame.kind:
@@ -220,6 +235,8 @@ class LinkOptions:
     waiting: int = 20_000
     """Calls that wait for something to happen at most (long polls); beyond it Unavailable(overloaded)."""
     tls: TlsSettings | None = None
+    says: str = ROUTER
+    """Who we are: pilots speak by way of routers, which a monitor is not."""
     orphan: Callable[[str, bytes, bytes], None] = field(default=lambda _verb, _body, _answer: None)
     """Called with (verb, body, answer) when an answer comes for a caller that is gone."""
     timed: Callable[[float], None] = field(default=lambda _elapsed_s: None)
@@ -371,7 +388,7 @@ class LinkClient:
 
     async def _connect(self) -> "_ClientConnection | None":
         loop = asyncio.get_running_loop()
-        connection = _ClientConnection(self.name, self.options.orphan)
+        connection = _ClientConnection(self.name, self.options)
         welcome = False
         try:
             target = address.parse(self.where)
@@ -431,13 +448,13 @@ class LinkClient:
 
 
 class _ClientConnection(Connection):
-    def __init__(self, name: str, orphan: Callable[[str, bytes, bytes], None]) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, options: LinkOptions) -> None:
+        super().__init__(name, options.says)
         self.calls: dict[int, _Call] = {}
         self.n_waiting = 0
         self.greeted = asyncio.Event()
         self.lost = asyncio.Event()
-        self._orphan = orphan
+        self._orphan = options.orphan
 
     def ready(self) -> None:
         self.greeted.set()

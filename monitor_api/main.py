@@ -11,7 +11,7 @@ from aiohttp import web
 from culm import service
 from culm.errors import Conflict, CulmError
 from culm.https import POLL_S, Https
-from culm.link import LinkOptions
+from culm.link import MONITOR, LinkOptions
 from culm.settings import MonitorSettings
 from culm.shard_links import ShardLinks
 from culm.tokens import Verifier
@@ -48,7 +48,7 @@ class Monitor:
     def __init__(self, settings: MonitorSettings) -> None:
         self._settings = settings
         self._topology = TopologyCache(settings.topology_dir, settings.authority)
-        options = LinkOptions(stall_s=settings.link_stall_s, tls=settings.link_tls)
+        options = LinkOptions(stall_s=settings.link_stall_s, tls=settings.link_tls, says=MONITOR)
         self._links = ShardLinks(lambda: self._topology.current, options)
         self._verifier = Verifier(settings.trusted_keys_dir)
         self._https = Https(settings.https, settings.host, behind_tls_front=settings.behind_tls_front)

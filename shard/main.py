@@ -85,7 +85,13 @@ class Shard:
             announce=self._announce,
         )
         self.reaper = Reaper(
-            self.database, self.ownership, self.classes, terms, notices, grace_s=settings.timeouts.grace_s
+            self.database,
+            self.ownership,
+            self.classes,
+            terms,
+            notices,
+            grace_s=settings.timeouts.grace_s,
+            heard_since=lambda: self.link.routers_since,
         )
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)

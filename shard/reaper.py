@@ -1,6 +1,7 @@
 """The reaper: ends what nobody speaks for any more, by the database's clock alone.
 
-After a restart of the shard or its database it waits one grace period, for heartbeats could not come meanwhile.
+After a restart of the shard, its database or the last of its routers it waits one grace period, for heartbeats could
+not come meanwhile.
 """
 
 import logging
@@ -74,6 +75,7 @@ class Reaper:
         notices: Notices,
         *,
         grace_s: float,
+        heard_since: Callable[[], float | None] = lambda: 0.0,
         clock: Clock | None = None,
     ) -> None:
         self._database = database
@@ -82,6 +84,7 @@ class Reaper:
         self._terms = terms
         self._notices = notices
         self._grace_s = grace_s
+        self._heard_since = heard_since
         self._clock: Clock = clock or SystemClock()
         self._started = self._clock.monotonic()
         self._looked_at: dict[tuple[str, int], int] = {}
@@ -89,8 +92,11 @@ class Reaper:
 
     @property
     def waits(self) -> bool:
-        """Whether the grace period after a restart still runs."""
-        since = max(self._started, self._database.connected_since)
+        """Whether the grace period after a restart still runs, or nobody could have spoken: no router is there."""
+        heard_since = self._heard_since()
+        if heard_since is None:
+            return True
+        since = max(self._started, self._database.connected_since, heard_since)
         return self._clock.monotonic() - since < self._grace_s
 
     async def end_leases(self) -> int:

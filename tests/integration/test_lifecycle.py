@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from culm.errors import ClientFault, Conflict, CulmError
-from culm.settings import Timeouts
+from culm.link import LinkClient, LinkOptions
+from culm.settings import DispatchSettings, Timeouts
 from culm.states import FINAL, LEASED, TRANSITIONS, Event, State
 from culm.wire import Grant, InputFile, JobError, Usage
 from tests.partition import ADMIN, OTHER_USER, PRODUCTION, USER, Partition, Servers, job, partition
@@ -375,6 +376,28 @@ async def test_within_the_grace_period_no_lease_ends(both: Servers) -> None:
         await eventually(expired, DEADLINE_S)
         assert await shard.shard.reaper.end_leases() == 0
         assert (await shard.heartbeat(grant)).state is State.RUNNING
+
+
+async def test_while_no_router_is_there_no_lease_ends(both: Servers) -> None:
+    """Pilots speak by way of routers: their silence says nothing while there is none. A monitor is no router."""
+    async with partition(
+        both, timeouts=Timeouts(grace_s=0.001), dispatch=DispatchSettings(reap_interval_s=600.0)
+    ) as shard:
+        grant = await _granted(shard)
+        server = shard.shard.link
+        await shard.link.stop()
+        monitor = LinkClient("us1", shard.settings.link, LinkOptions(says="monitor"))
+        monitor.start()
+        assert await monitor.wait_connected(DEADLINE_S)
+        await eventually(lambda: server.routers_since is None, DEADLINE_S, what="no router is there")
+        await shard.sql("UPDATE lease SET expires_at = '2001-01-01'")
+        assert await shard.shard.reaper.end_leases() == 0
+        shard.link.start()
+        assert await shard.link.wait_connected(DEADLINE_S)
+        await monitor.stop()
+        await eventually(lambda: not shard.shard.reaper.waits, DEADLINE_S, what="the grace period is over")
+        assert await shard.shard.reaper.end_leases() == 1
+        assert await shard.state(grant.id) is State.ACTIVATED
 
 
 @pytest.mark.parametrize("ready", [True, False])
