@@ -84,15 +84,8 @@ class Shard:
             shelf=shelf,
             announce=self._announce,
         )
-        self.reaper = Reaper(
-            self.database,
-            self.ownership,
-            self.classes,
-            terms,
-            notices,
-            grace_s=settings.timeouts.grace_s,
-            heard_since=lambda: self.link.routers_since,
-        )
+        swept = (self.database, self.ownership, self.classes, terms, notices)
+        self.reaper = Reaper(*swept, grace_s=settings.timeouts.grace_s, heard_since=self._routers_since)
         self.bans = Bans(self.database, self.ownership, lambda: self.topology.current, notices)
         self.archive = Archive(self.database, self.ownership, settings.archive)
         why = Why(self.database, self.classes, self.askers, obstacles)
@@ -170,6 +163,9 @@ class Shard:
         self._loops.every(dispatch.reap_interval_s, "reaper", self.reaper.end_leases)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "close_old", self.reaper.close_old)
         self._loops.every(dispatch.reap_interval_s * SLOW_TURNS, "old_errors", self.reaper.drop_old_errors)
+
+    def _routers_since(self) -> float | None:
+        return self.link.routers_since
 
     async def _announce(self, hints: Sequence[Hint]) -> None:
         await self.dispatcher.announce(hints)
