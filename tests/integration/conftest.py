@@ -15,10 +15,16 @@ ORDINARY = os.environ.get("CULM_TEST_PATH") == "ordinary"
 """Run without the fast path: every guarantee holds without it too (docs/testing.md)."""
 
 
+OF_THE_FAST_PATH = ("test_lane.py", "test_signs.py", "test_at_once.py", "test_signs_beyond_the_bound")
+"""Tests of the fast path itself."""
+
+
 @pytest.fixture(autouse=True)
-def path(monkeypatch: pytest.MonkeyPatch) -> None:
+def path(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Requests by aiohttp, claims and signs in transactions that look first, nothing read ahead."""
     if ORDINARY:
+        if any(name in request.node.nodeid for name in OF_THE_FAST_PATH):
+            pytest.skip("it is about the fast path")
         monkeypatch.setattr("tests.front.FAST_LANE", False)
         monkeypatch.setattr("shard.dispatch.enough", lambda _seats, _hints: False)
         monkeypatch.setattr("shard.signs.Signs.begin", lambda _signs, _call: None)
