@@ -7,6 +7,7 @@ is accepted answered soon.
 
 import asyncio
 import contextlib
+import os
 import statistics
 import sys
 import tempfile
@@ -57,4 +58,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # Its children are started from no folder in particular.
+    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[2]))
     asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 27_080))
