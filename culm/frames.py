@@ -173,8 +173,8 @@ class Connection(asyncio.Protocol):
             return
         if not self._unsent and not self._is_paused:
             self._loop.call_soon(self._flush)
-        if frame.kind in _URGENT:
-            # Between whole frames: a sign of life must not wait for the megabytes before it.
+        if self._is_paused and frame.kind in _URGENT:
+            # Between whole frames: a sign of life must not wait for the megabytes before it. HELLO is gone by then.
             self._unsent.appendleft(data)
         else:
             self._unsent.append(data)
@@ -202,6 +202,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         """The connection is gone, whoever ended it."""
         self.transport = None
+        self._is_paused = False
         self._unwatch_writing()
         self._drop_unsent()
 

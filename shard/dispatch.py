@@ -322,10 +322,12 @@ class Dispatcher:
             log.error("passed over, their rows do not fit together (culm audit): %s", sorted(claimed.broken)[:20])
             if len(self._broken) < MAX_BROKEN:
                 self._broken |= claimed.broken
-        if claimed.from_database:
-            self._parts.refill.taken(hint.id for hint in claimed.from_database)
-            self._parts.refill.shelf.drop(hint.id for hint in claimed.from_database)
-            self._aside(self._remove_quietly(claimed.from_database))
+        # What was won and not granted is put back: its hint must not be taken out again.
+        put_back = {hint.id for hint in claimed.unused}
+        if leased := [hint for hint in claimed.from_database if hint.id not in put_back]:
+            self._parts.refill.taken(hint.id for hint in leased)
+            self._parts.refill.shelf.drop(hint.id for hint in leased)
+            self._aside(self._remove_quietly(leased))
         DISPATCHED.inc(sum(len(seat.taken) for seat in claimed.seats))
         for request, seat in zip(batch, claimed.seats, strict=True):
             if seat.refusal is not None:

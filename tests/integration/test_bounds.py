@@ -105,6 +105,18 @@ async def test_an_answer_holds_no_more_than_a_frame_and_the_rest_stays_ready(sha
     assert await shard.get() == []
 
 
+async def test_what_the_database_won_and_the_answer_has_no_room_for_keeps_its_hint(
+    shard: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = await shard.submit(*(job(argv=["true", BIG]) for _ in range(100)))
+    monkeypatch.setattr(shard.shard.refill, "clean", lambda _keys: False)
+    got = {grant.id for grant in await shard.get(n_jobs=100)}
+    assert 0 < len(got) < len(ids)
+    dispatcher = shard.shard.dispatcher
+    await eventually(lambda: not dispatcher._side_tasks, 5.0)
+    assert {hint.id for hint in await shard.shard.queue.everything()} == set(ids) - got
+
+
 @pytest.mark.parametrize("shelf_mb", [0, 64])
 async def test_many_large_answers_at_once_are_given_in_several_batches_the_best_first(
     both: Servers, shelf_mb: int
